@@ -1,0 +1,365 @@
+"""Clicks: the click matrix x (users x items) as CSR tensors on one device.
+
+The whole matrix lives on the device and a batch is a vector of row ids: ``clicks.rows(ids)`` shares the
+three arrays and costs nothing, and the ops read ``indptr[rows[u]] .. indptr[rows[u] + 1]`` themselves.
+Everything that would need a look at the data (order, range, duplicates, zeros) is settled once, here, when
+the matrix is built; the ops never check it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+_ACCEPTED = "a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks"
+_SPARSE_LAYOUTS = (torch.sparse_csr, torch.sparse_csc, torch.sparse_coo)
+
+
+class Clicks:
+    """A click matrix x [n_users, n_items] in canonical CSR: sorted rows, no duplicates, no stored zeros.
+
+    >>> x = Clicks([0, 2, 2, 3], [4, 0, 1], n_items=5)
+    >>> x
+    Clicks(n_users=3, n_items=5, nnz=3, binary, cpu)
+    >>> x.rows([2, 0]).to_dense().tolist()
+    [[0.0, 1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0]]
+
+    indptr   [n_users + 1]  int64   row u is indices[indptr[u]:indptr[u + 1]]
+    indices  [nnz]          int32   item of each click
+    values   [nnz]          float32, or None where every click counts one
+    n_items  int            number of columns, below 2**31
+    row_ids  [n] int64, or None: this object is that choice of rows of the shared arrays
+
+    Duplicates given to the constructor are added up and stored zeros are dropped.
+
+    Raises: ValueError where the arrays do not describe such a matrix, or a value is negative or not finite;
+    TypeError where the indices are not integers. Source: scipy.sparse.csr_array for the layout.
+    """
+
+    def __init__(self, indptr: Any, indices: Any, values: Any = None, n_items: int | None = None):
+        indptr, indices = _index_array("indptr", indptr), _index_array("indices", indices)
+        values = None if values is None else _value_array(values)
+        n_items = _n_items(indices, n_items)
+        _check_csr(indptr, indices, values, n_items)
+        indptr, indices, values = _canonical(indptr, indices, values, n_items)
+        self._set(
+            torch.from_numpy(indptr.astype(np.int64)),
+            torch.from_numpy(indices.astype(np.int32)),
+            None if values is None else torch.from_numpy(values.astype(np.float32)),
+            n_items,
+        )
+
+    def _set(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        values: Tensor | None,
+        n_items: int,
+        row_ids: Tensor | None = None,
+    ) -> None:
+        self.indptr, self.indices, self.values = indptr, indices, values
+        self.n_items, self.row_ids = n_items, row_ids
+
+    def _like(self, indptr, indices, values, n_items, row_ids=None) -> Clicks:
+        # for arrays derived from checked ones: skips the checks
+        other = object.__new__(Clicks)
+        other._set(indptr, indices, values, n_items, row_ids)
+        return other
+
+    @classmethod
+    def from_matrix(cls, x: Any) -> Clicks:
+        """Clicks from any container: scipy sparse (any format and dtype), torch CSR / CSC / COO / dense, numpy.
+
+        >>> Clicks.from_matrix(np.array([[0, 2], [1, 0]])).values
+        tensor([2., 1.])
+
+        A torch tensor's device is kept. Raises: TypeError for any other container, ValueError as the constructor.
+        """
+        if isinstance(x, Clicks):
+            return x
+        if isinstance(x, Tensor):
+            return cls._from_torch(x)
+        if not sp.issparse(x) and not (isinstance(x, np.ndarray) and x.ndim == 2):
+            got = f"{x.ndim}-D numpy array" if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"Clicks: x must be {_ACCEPTED}, got {got}")
+        coo = sp.coo_array(x)
+        return cls._from_coo(coo.row, coo.col, coo.data, coo.shape)
+
+    @classmethod
+    def _from_torch(cls, x: Tensor) -> Clicks:
+        if x.ndim != 2:
+            raise ValueError(f"Clicks: x must have 2 dimensions, got {x.ndim}")
+        host = x.detach().cpu()
+        if host.layout in (torch.sparse_csr, torch.sparse_csc):
+            host = host.to_sparse_coo()
+        elif host.layout != torch.sparse_coo:
+            host = host.to_sparse()
+        rows, cols = host._indices().numpy()
+        values = host._values()
+        values = values.double() if values.is_floating_point() else values
+        return cls._from_coo(rows, cols, values.numpy(), host.shape).to(x.device)
+
+    @classmethod
+    def _from_coo(cls, rows, cols, values, shape) -> Clicks:
+        order = np.argsort(rows, kind="stable")
+        indptr = np.zeros(shape[0] + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=shape[0]), out=indptr[1:])
+        return cls(indptr, cols[order], values[order], int(shape[1]))
+
+    @classmethod
+    def from_pairs(
+        cls,
+        users: Any,
+        items: Any,
+        n_users: int | None = None,
+        n_items: int | None = None,
+        counts: bool = False,
+    ) -> Clicks:
+        """Clicks from two equally long integer arrays of users and items.
+
+        >>> Clicks.from_pairs([0, 0, 0], [0, 0, 1]).nnz
+        2
+        >>> Clicks.from_pairs([0, 0, 0], [0, 0, 1], counts=True).values
+        tensor([2., 1.])
+
+        A pair that comes twice counts once, or twice with counts=True. n_users and n_items default to the
+        largest index plus one. Raises: ValueError for lengths that differ or an index out of range.
+        """
+        users, items = _index_array("users", users), _index_array("items", items)
+        if users.shape != items.shape:
+            raise ValueError(
+                f"Clicks: users and items must be equally long, got {len(users)} and {len(items)}"
+            )
+        n_users = (int(users.max()) + 1 if len(users) else 0) if n_users is None else n_users
+        if len(users) and not 0 <= users.min() <= users.max() < n_users:
+            bad = users.min() if users.min() < 0 else users.max()
+            raise ValueError(f"Clicks: users must lie in [0, {n_users}), got {bad}")
+        n_items = _n_items(items, n_items)
+        clicks = cls._from_coo(users, items, np.ones(len(users)), (n_users, n_items))
+        return clicks if counts else clicks.binary()
+
+    # sizes
+
+    @property
+    def n_users(self) -> int:
+        """Number of rows of this batch or matrix."""
+        return len(self.indptr) - 1 if self.row_ids is None else len(self.row_ids)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_users, n_items)."""
+        return self.n_users, self.n_items
+
+    @property
+    def nnz(self) -> int:
+        """Number of clicks; of a choice of rows on a GPU this waits for the device."""
+        return len(self.indices) if self.row_ids is None else int(self.row_lengths().sum())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the arrays."""
+        return self.indptr.device
+
+    def __len__(self) -> int:
+        return self.n_users
+
+    def __repr__(self) -> str:
+        kind = "binary" if self.values is None else "counts"
+        return (
+            f"Clicks(n_users={self.n_users}, n_items={self.n_items}, nnz={self.nnz}, {kind}, {self.device})"
+        )
+
+    def row_lengths(self) -> Tensor:
+        """Distinct items of each user, int64 [n_users]."""
+        lengths = self.indptr[1:] - self.indptr[:-1]
+        return lengths if self.row_ids is None else lengths[self.row_ids]
+
+    def row_sums(self) -> Tensor:
+        """Clicks N_u of each user, float32 [n_users]; the row length where all values are one."""
+        if self.values is None:
+            return self.row_lengths().float()
+        part = self.compact()
+        assert part.values is not None
+        users = torch.repeat_interleave(part.row_lengths())
+        sums = torch.zeros(part.n_users, dtype=torch.float32, device=self.device)
+        return sums.index_add_(0, users, part.values)
+
+    # moving and choosing
+
+    def to(self, device: Any) -> Clicks:
+        """The same clicks on another device."""
+        values = None if self.values is None else self.values.to(device)
+        row_ids = None if self.row_ids is None else self.row_ids.to(device)
+        return self._like(
+            self.indptr.to(device), self.indices.to(device), values, self.n_items, row_ids
+        )
+
+    def rows(self, ids: Any) -> Clicks:
+        """Rows ids (any order, repeats allowed) as a view that shares the arrays; nothing is copied.
+
+        ids  [n] integers in [0, n_users). Their range is checked on the CPU; on a GPU that would make the host wait.
+        Raises: ValueError for ids out of range, TypeError for ids that are not integers.
+        """
+        ids = torch.as_tensor(ids)
+        if ids.numel() == 0:
+            ids = ids.long()
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"Clicks: rows must be integers, got {_dtype_name(ids.dtype)}")
+        if ids.ndim != 1:
+            raise ValueError(f"Clicks: rows must have 1 dimension, got {ids.ndim}")
+        if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < self.n_users:
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise ValueError(f"Clicks: rows must lie in [0, {self.n_users}), got {bad}")
+        ids = ids.to(self.device, torch.int64)
+        row_ids = ids if self.row_ids is None else self.row_ids[ids]
+        return self._like(self.indptr, self.indices, self.values, self.n_items, row_ids)
+
+    def compact(self) -> Clicks:
+        """The chosen rows with arrays of their own; a whole matrix returns itself."""
+        if self.row_ids is None:
+            return self
+        indptr, position = gather_rows(self.indptr, self.row_ids)
+        values = None if self.values is None else self.values[position]
+        return self._like(indptr, self.indices[position], values, self.n_items)
+
+    def binary(self) -> Clicks:
+        """The same clicks, each counted once."""
+        return self._like(self.indptr, self.indices, None, self.n_items, self.row_ids)
+
+    def transpose(self) -> Clicks:
+        """Clicks of items: row i holds the users of item i [n_items, n_users]."""
+        part = self.compact()
+        users = torch.repeat_interleave(part.row_lengths())
+        order = torch.argsort(part.indices, stable=True)
+        indptr = torch.zeros(self.n_items + 1, dtype=torch.int64, device=self.device)
+        counts = torch.bincount(part.indices, minlength=self.n_items)
+        torch.cumsum(counts, 0, out=indptr[1:])
+        values = None if part.values is None else part.values[order]
+        return self._like(indptr, users[order].int(), values, self.n_users)
+
+    def to_scipy(self) -> sp.csr_array:
+        """A scipy.sparse.csr_array of float32 on the host."""
+        part = self.compact().to("cpu")
+        values = (
+            np.ones(part.nnz, np.float32) if part.values is None else part.values.numpy().copy()
+        )
+        arrays = (values, part.indices.numpy().copy(), part.indptr.numpy().copy())
+        return sp.csr_array(arrays, shape=self.shape)
+
+    def to_dense(self) -> Tensor:
+        """A dense float32 tensor [n_users, n_items]; for tests and for models that need it."""
+        part = self.compact()
+        dense = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
+        users = torch.repeat_interleave(part.row_lengths())
+        dense[users, part.indices.long()] = 1.0 if part.values is None else part.values
+        return dense
+
+
+def gather_rows(indptr: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Offsets of a choice of rows and, for each of its clicks, the position in the whole matrix.
+
+    indptr   [n_users + 1] int64
+    rows     [n] int64, or None for all rows in order
+    returns  offsets [n + 1] int64, position [nnz of the choice] int64
+    """
+    if rows is None:
+        return indptr, torch.arange(int(indptr[-1]), device=indptr.device)
+    begin = indptr[rows]
+    lengths = indptr[rows + 1] - begin
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=indptr.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    position = torch.repeat_interleave(begin - offsets[:-1], lengths)
+    position += torch.arange(len(position), device=indptr.device)
+    return offsets, position
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _host(array: Any) -> np.ndarray:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = array.double() if array.dtype in (torch.bfloat16, torch.float16) else array
+        return array.numpy()
+    return np.asarray(array)
+
+
+def _index_array(name: str, array: Any) -> np.ndarray:
+    array = _host(array)
+    if array.ndim != 1:
+        raise ValueError(f"Clicks: {name} must have 1 dimension, got {array.ndim}")
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"Clicks: {name} must be integers, got {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
+def _value_array(array: Any) -> np.ndarray:
+    array = _host(array)
+    if array.dtype.kind not in "iufb":
+        raise TypeError(f"Clicks: values must be real numbers, got {array.dtype}")
+    # float64 before any sum: sums of uint8 wrap at 256, of float16 overflow at 65504
+    return array.astype(np.float64, copy=False)
+
+
+def _n_items(indices: np.ndarray, n_items: int | None) -> int:
+    if n_items is None:
+        n_items = int(indices.max()) + 1 if len(indices) else 0
+    if not 0 <= n_items < 2**31:
+        raise ValueError(f"Clicks: n_items must lie in [0, 2**31), got {n_items}")
+    return int(n_items)
+
+
+def _check_csr(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, n_items: int
+) -> None:
+    if len(indptr) == 0 or indptr[0] != 0:
+        raise ValueError(f"Clicks: indptr must start with 0, got {indptr[:1].tolist()}")
+    steps = np.diff(indptr)
+    if len(steps) and steps.min() < 0:
+        row = int(np.argmax(steps < 0))
+        raise ValueError(
+            f"Clicks: indptr must not decrease, got {indptr[row]} then {indptr[row + 1]} at row {row}"
+        )
+    if indptr[-1] != len(indices):
+        raise ValueError(
+            f"Clicks: indptr must end with the number of indices {len(indices)}, got {indptr[-1]}"
+        )
+    _check_entries(indptr, "indices", indices, (indices < 0) | (indices >= n_items), f"lie in [0, {n_items})")
+    if values is not None:
+        if values.shape != indices.shape:
+            raise ValueError(
+                f"Clicks: values must have shape [{len(indices)}], got {list(values.shape)}"
+            )
+        _check_entries(indptr, "values", values, ~np.isfinite(values), "be finite")
+        _check_entries(indptr, "values", values, values < 0, "not be negative")
+
+
+def _check_entries(indptr, name: str, array, wrong, expected: str) -> None:
+    if wrong.any():
+        n = int(np.argmax(wrong))
+        row = int(np.searchsorted(indptr, n, side="right")) - 1
+        raise ValueError(f"Clicks: {name} must {expected}, got {array[n]} at row {row}, position {n}")
+
+
+def _canonical(indptr, indices, values, n_items):
+    if values is not None and (values == 0).any():
+        keep = values != 0
+        indptr = np.concatenate(([0], np.cumsum(keep)))[indptr]
+        indices, values = indices[keep], values[keep]
+    users = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    same_row = users[1:] == users[:-1]
+    if not ((indices[1:] > indices[:-1]) | ~same_row).all():
+        data = np.ones(len(indices)) if values is None else values
+        csr = sp.csr_array((data, indices, indptr), shape=(len(indptr) - 1, n_items))
+        csr.sum_duplicates()
+        indptr, indices, values = csr.indptr, csr.indices, csr.data
+    if values is not None and (values == 1).all():
+        values = None
+    return indptr, indices, values

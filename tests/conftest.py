@@ -1,0 +1,26 @@
+"""Lanes: with a GPU the kernel tests run on it, without one they run in Triton's interpreter on the CPU."""
+
+import os
+
+import torch
+
+# triton reads this when a kernel is decorated, so it has to be set before the first import of fastvae.kernels
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty():
+    """Deterministic algorithms also fill torch.empty with NaN, so a store that was forgotten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

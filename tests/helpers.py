@@ -1,0 +1,38 @@
+"""What several test files share: the device, random clicks, and the one rule of accuracy."""
+
+import numpy as np
+import torch
+
+from fastvae.clicks import Clicks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bf16 dots are wrong in the interpreter (bit patterns are multiplied), so bf16 runs on a GPU only
+KERNEL_DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    KERNEL_DTYPES.append(torch.bfloat16)
+
+
+def assert_as_accurate_as_torch(actual, same_dtype, truth, slack=2.0, floor=1e-5):
+    """The kernel may err at most slack times as much as plain torch does at the same dtype (Frobenius norm).
+
+    actual      what the kernel gave
+    same_dtype  what the reference gives at the kernel's dtype
+    truth       what the reference gives in fp64 on the same, already rounded inputs
+    floor       error allowed in any case, relative to the norm of truth
+    """
+    assert actual.shape == truth.shape
+    assert truth.dtype == torch.float64
+    actual, same_dtype, truth = (t.detach().double().cpu() for t in (actual, same_dtype, truth))
+    assert torch.isfinite(actual).all()
+    error, torch_error = (actual - truth).norm(), (same_dtype - truth).norm()
+    allowed = slack * torch_error + floor * truth.norm()
+    assert error <= allowed, f"error {error:.3e}, torch's own {torch_error:.3e}, allowed {allowed:.3e}"
+
+
+def random_clicks(lengths, n_items, seed=0, counts=False):
+    """Clicks whose row u has lengths[u] distinct random items; counts=True draws values 1..4."""
+    rng = np.random.default_rng(seed)
+    rows = [np.sort(rng.choice(n_items, length, replace=False)) for length in lengths]
+    indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    values = rng.integers(1, 5, len(indices)) if counts else None
+    return Clicks(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), indices, values, n_items)
