@@ -1,0 +1,316 @@
+"""MultiVAE and MultiDAE, the models of Liang et al. 2018 (arXiv:1802.05814). Start here.
+
+    h        = tanh(W (dropout(x / ||x||)) + b)        sparse_linear: reads the clicks, not a dense row
+    mu, logvar = W h + b                               (MultiDAE: tanh of one vector instead)
+    z        = mu + exp(logvar / 2) * noise            in training; mu in evaluation
+    logits   = W tanh(W z + b) + b
+    loss     = mean over users of nll + beta * kld     linear_multinomial_nll: no logits, no dense target
+
+Names, shapes and state_dict keys follow the public PyTorch code whose checkpoints people have:
+encode.q_layers.linear_0.weight and so on, every weight [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clicks import Clicks
+from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
+from .reference import kld as kl_divergence
+
+NORMALIZE = ("none", "clicks")
+
+
+class ItemMajorLinear(nn.Linear):
+    """nn.Linear over the items whose weight [out, n_items] is stored item by item: .weight.t() is contiguous.
+
+    One item's numbers then lie side by side for the gather of sparse_linear; shape, key and loading stay nn.Linear's.
+    """
+
+    def __init__(self, n_items: int, out_features: int):
+        super().__init__(n_items, out_features, device="meta")
+        self.weight = nn.Parameter(torch.empty(n_items, out_features).t())
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+
+class _Stack(nn.Module):
+    """Linear layers linear_0, linear_1, ... each behind a dropout of its own."""
+
+    def __init__(self, dims: Sequence[int], dropout: Sequence[float], item_major_first: bool):
+        super().__init__()
+        self.dropout = list(dropout)
+        for n, (n_in, n_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            item_major = item_major_first and n == 0
+            layer = ItemMajorLinear(n_in, n_out) if item_major else nn.Linear(n_in, n_out)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.001)
+            self.add_module(f"linear_{n}", layer)
+
+    def __len__(self) -> int:
+        return len(self.dropout)
+
+    def layer(self, n: int) -> nn.Linear:
+        return self.get_submodule(f"linear_{n}")  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class Encoder(nn.Module):
+    """Clicks or a dense x to the last encoder layer's output."""
+
+    def __init__(self, q_dims, dropout, tanh_last: bool, tanh_after_dropout: bool):
+        super().__init__()
+        self.tanh_last, self.tanh_after_dropout = tanh_last, tanh_after_dropout
+        self.q_layers = _Stack(q_dims, dropout, item_major_first=True)
+
+    def forward(self, x: Tensor | Clicks) -> Tensor:
+        n_layers = len(self.q_layers)
+        h = self._first(x, tanh=n_layers > 1 or self.tanh_last)
+        for n in range(1, n_layers):
+            h = _dropout(self, h, self.q_layers.dropout[n])
+            h = self.q_layers.layer(n)(h)
+            h = torch.tanh(h) if n < n_layers - 1 or self.tanh_last else h
+        return h
+
+    def _first(self, x: Tensor | Clicks, tanh: bool) -> Tensor:
+        layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
+        if isinstance(x, Clicks):
+            active = self.training and dropout > 0
+            # drawn on the device: a replayed CUDA graph draws a new one, and nothing waits
+            seed = torch.randint(2**63 - 1, (1,), device=x.device) if active else None
+            return sparse_linear(
+                x,
+                layer.weight,
+                layer.bias,
+                dropout=dropout if active else 0.0,
+                seed=seed,
+                tanh=tanh,
+                tanh_input=self.tanh_after_dropout,
+            )
+        h = _dropout(self, F.normalize(x, dim=1), dropout)
+        h = layer(h)
+        return torch.tanh(h) if tanh else h
+
+
+class Decoder(nn.Module):
+    """z to logits, or to the last hidden layer, which the loss takes."""
+
+    def __init__(self, p_dims, dropout, tanh_after_dropout: bool):
+        super().__init__()
+        self.tanh_after_dropout = tanh_after_dropout
+        self.p_layers = _Stack(p_dims, dropout, item_major_first=False)
+
+    def hidden(self, z: Tensor) -> Tensor:
+        """Input of the last layer [n_users, n_hidden]."""
+        last = len(self.p_layers) - 1
+        for n in range(last):
+            z = torch.tanh(self.p_layers.layer(n)(_dropout(self, z, self.p_layers.dropout[n])))
+        return _dropout(self, z, self.p_layers.dropout[last])
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.output(self.hidden(z))
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer, hidden to items."""
+        return self.p_layers.layer(len(self.p_layers) - 1)
+
+
+def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
+    h = F.dropout(h, dropout, module.training)
+    return torch.tanh(h) if module.tanh_after_dropout else h
+
+
+class _MultiModel(nn.Module):
+    """What the two models share; encode_latent and forward differ."""
+
+    def __init__(self, p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, two_heads):
+        super().__init__()
+        name = type(self).__name__
+        p_dims, q_dims = _check_dims(name, p_dims, q_dims)
+        dropout_enc = _check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
+        dropout_dec = _check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
+        self.p_dims, self.q_dims, self.n_items = p_dims, q_dims, p_dims[-1]
+        self.dropout_enc, self.dropout_dec = dropout_enc, dropout_dec
+        self.tanh_after_dropout = tanh_after_dropout
+        out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if two_heads else q_dims
+        self.encode = Encoder(out_dims, dropout_enc, not two_heads, tanh_after_dropout)
+        self.decode = Decoder(p_dims, dropout_dec, tanh_after_dropout)
+
+    def config(self) -> dict:
+        """The constructor's arguments, for a checkpoint; JSON values only."""
+        names = ("p_dims", "dropout_enc", "dropout_dec", "q_dims", "tanh_after_dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
+        """z, and the kld of each user [n_users] or None for a model without."""
+        raise NotImplementedError
+
+    def loss_terms(self, clicks: Clicks, normalize: str = "none") -> tuple[Tensor, Tensor]:
+        """nll and kld of each user, both [n_users] fp32 in nats; loss is mean(nll + beta * kld).
+
+        normalize="clicks" divides both by the user's clicks N_u (a user without clicks counts 0).
+        """
+        if normalize not in NORMALIZE:
+            raise ValueError(f"loss: normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+        if not isinstance(clicks, Clicks):
+            got = type(clicks).__name__
+            raise TypeError(f"loss: clicks must be Clicks, got {got}; pass Clicks.from_matrix(x)")
+        z, kld = self.latent(clicks)
+        hidden, last = self.decode.hidden(z), self.decode.output
+        nll = linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
+        kld = torch.zeros_like(nll) if kld is None else kld
+        if normalize == "clicks":
+            n_clicks = clicks.row_sums()
+            per_click = torch.where(n_clicks > 0, 1 / n_clicks.clamp_min(1e-30), 0)
+            nll, kld = nll * per_click, kld * per_click
+        return nll, kld
+
+    def loss(self, clicks: Clicks, beta: float | Tensor = 0.0, normalize: str = "none") -> Tensor:
+        """Mean over users of nll + beta * kld, a scalar in nats per user: the fast path, no logits leave it.
+
+        >>> model = MultiVAE([8, 16, 100])
+        >>> x = Clicks([0, 2, 3], [4, 7, 99], n_items=100)
+        >>> model.loss(x, beta=0.2).backward()
+
+        clicks     [n_users, n_items] on the model's device; train.rows(ids) for a batch
+        beta       weight of kld, a float or a scalar tensor
+        normalize  "none", as the paper and its results; "clicks" divides a user's two terms by N_u
+        Raises: ValueError, TypeError or RuntimeError for arguments that do not fit.
+        Source: Liang et al. 2018, eq. 7 with beta; reference: fastvae.reference.
+        """
+        nll, kld = self.loss_terms(clicks, normalize)
+        return (nll + beta * kld).mean() if len(nll) else nll.sum()
+
+
+class MultiVAE(_MultiModel):
+    """Variational autoencoder with a multinomial likelihood (Mult-VAE).
+
+    >>> model = MultiVAE(p_dims=[8, 16, 100])
+    >>> logits, mu, logvar = model(Clicks([0, 2, 3], [4, 7, 99], n_items=100))
+    >>> logits.shape, mu.shape
+    (torch.Size([2, 100]), torch.Size([2, 8]))
+
+    p_dims       decoder widths, latent first, n_items last: [200, 600, n_items] in the paper; [200, n_items] has no hidden layer
+    dropout_enc  dropout in front of each encoder layer, default 0.5 on the clicks and 0 elsewhere
+    dropout_dec  dropout in front of each decoder layer, default 0
+    q_dims       encoder widths, n_items first; default p_dims reversed
+    tanh_after_dropout  apply tanh also after every dropout (but the last layer's output stays as it is), a quirk of one
+                 public implementation whose checkpoints need it
+    Raises: ValueError where dims or dropouts do not fit.
+    Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.1 to 2.3.
+    """
+
+    def __init__(
+        self,
+        p_dims: Sequence[int],
+        dropout_enc: Sequence[float] | None = None,
+        dropout_dec: Sequence[float] | None = None,
+        q_dims: Sequence[int] | None = None,
+        tanh_after_dropout: bool = False,
+    ):
+        super().__init__(p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, True)
+
+    def _sample(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
+        mu, logvar = self.encode(x).chunk(2, dim=1)
+        if not self.training:
+            return mu, mu, logvar
+        noise = torch.randn_like(mu)
+        return mu + torch.exp(logvar / 2) * noise, mu, logvar
+
+    def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
+        """z [n_users, n_latent] and kld [n_users] fp32."""
+        z, mu, logvar = self._sample(x)
+        return z, kl_divergence(mu.float(), logvar.float())
+
+    def forward(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [n_users, n_items], mu and logvar [n_users, n_latent]; x dense float or Clicks."""
+        z, mu, logvar = self._sample(_check_input(self, x))
+        return self.decode(z), mu, logvar
+
+
+class MultiDAE(_MultiModel):
+    """Denoising autoencoder with a multinomial likelihood (Mult-DAE): no sampling, no kld, tanh on its latent too.
+
+    >>> model = MultiDAE(p_dims=[8, 100])
+    >>> model(torch.zeros(2, 100)).shape
+    torch.Size([2, 100])
+
+    Arguments as MultiVAE. Source: Liang et al. 2018 (arXiv:1802.05814), section 4.3.
+    """
+
+    def __init__(
+        self,
+        p_dims: Sequence[int],
+        dropout_enc: Sequence[float] | None = None,
+        dropout_dec: Sequence[float] | None = None,
+        q_dims: Sequence[int] | None = None,
+        tanh_after_dropout: bool = False,
+    ):
+        super().__init__(p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, False)
+
+    def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
+        """z [n_users, n_latent] and None."""
+        return self.encode(x), None
+
+    def forward(self, x: Tensor | Clicks) -> Tensor:
+        """logits [n_users, n_items]; x dense float or Clicks."""
+        return self.decode(self.encode(_check_input(self, x)))
+
+
+def vae_loss_fn(
+    inp: Tensor | Clicks, out: Tensor, mu: Tensor, logvar: Tensor, anneal: float | Tensor
+) -> Tensor:
+    """Mean over users of nll + anneal * kld, from logits: for code that already calls it.
+
+    inp     [n_users, n_items]  dense, or Clicks (no dense target is built then)
+    out     [n_users, n_items]  logits
+    mu, logvar  [n_users, n_latent]
+    anneal  weight beta of the kld
+    returns a scalar, nats per user
+    Source: Liang et al. 2018 (arXiv:1802.05814), eq. 7 with beta.
+    """
+    if isinstance(inp, Clicks):
+        nll = multinomial_nll(out, inp)
+    else:
+        nll = -(F.log_softmax(out, dim=1) * inp).sum(1)
+    return (nll + anneal * kl_divergence(mu, logvar)).mean()
+
+
+def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
+    p_dims = [int(width) for width in p_dims]
+    q_dims = p_dims[::-1] if q_dims is None else [int(width) for width in q_dims]
+    for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
+        if len(dims) < 2 or min(dims) < 1:
+            raise ValueError(f"{name}: {label} must be at least two widths above 0, got {dims}")
+    if q_dims[0] != p_dims[-1]:
+        raise ValueError(f"{name}: q_dims must start with the {p_dims[-1]} items of p_dims, got {q_dims}")
+    if q_dims[-1] != p_dims[0]:
+        raise ValueError(f"{name}: q_dims must end with the {p_dims[0]} latents of p_dims, got {q_dims}")
+    return p_dims, q_dims
+
+
+def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) -> list[float]:
+    if dropout is None:
+        return [first] + [0.0] * (n_layers - 1)
+    dropout = [float(p) for p in dropout]
+    if len(dropout) != n_layers:
+        raise ValueError(f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}")
+    if not all(0 <= p <= 1 for p in dropout):
+        raise ValueError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
+    return dropout
+
+
+def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
+    name = type(model).__name__
+    if not isinstance(x, Tensor | Clicks):
+        got = type(x).__name__
+        raise TypeError(f"{name}: x must be a dense tensor or Clicks, got {got}; pass Clicks.from_matrix(x)")
+    if len(x.shape) != 2 or x.shape[1] != model.n_items:
+        raise ValueError(f"{name}: x must have shape [any, {model.n_items}], got {list(x.shape)}")
+    return x

@@ -1,0 +1,49 @@
+"""Reused CPU buffers of tens of megabytes: a fresh one costs more in page faults than the arithmetic on it.
+
+A buffer is handed out again only when nothing else holds its memory, so it behaves like one of torch.empty.
+"""
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+MIN_BYTES, MAX_BYTES = 2**20, 2**28  # malloc recycles smaller ones; larger ones are not worth keeping
+KEPT_PER_DTYPE = 4  # one [n_users, n_items], two weight gradients, and one to spare
+
+_pool: dict[torch.dtype, list[Tensor]] = {}
+_lock = threading.Lock()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Like torch.empty on the CPU, from recycled memory where some is free."""
+    numel = math.prod(shape)
+    if not MIN_BYTES <= numel * dtype.itemsize <= MAX_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    with _lock:
+        storage = _take(numel, dtype).untyped_storage()
+        # set_ makes a tensor of its own on the storage: as long as it lives, the memory counts as held
+        buffer = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+    if torch.are_deterministic_algorithms_enabled():
+        buffer.fill_(math.nan)  # torch.empty fills likewise then, which shows a store that was forgotten
+    return buffer
+
+
+def _take(numel: int, dtype: torch.dtype) -> Tensor:
+    kept = _pool.setdefault(dtype, [])
+    for n, buffer in enumerate(kept):
+        # one more than twice too large would hold memory that the caller did not ask for
+        if numel <= buffer.numel() <= 2 * numel and _holders(buffer) == 1:
+            del kept[n]
+            break
+    else:
+        buffer = torch.empty(numel, dtype=dtype)
+    kept.append(buffer)
+    del kept[:-KEPT_PER_DTYPE]  # the longest unused ones; whoever holds their memory keeps it
+    return buffer
+
+
+def _holders(buffer: Tensor) -> int:
+    # the storage object made here counts as one holder itself
+    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) - 1

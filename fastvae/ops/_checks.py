@@ -1,0 +1,69 @@
+"""Argument checks that the ops share; none of them looks at the data, so none waits for a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..clicks import Clicks
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_clicks(op: str, clicks: object) -> None:
+    """TypeError unless clicks is a Clicks."""
+    if not isinstance(clicks, Clicks):
+        got = type(clicks).__name__
+        raise TypeError(f"{op}: clicks must be Clicks, got {got}; pass Clicks.from_matrix(x)")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """ValueError unless tensor has this shape (None: any size), TypeError unless it is floating."""
+    fits = tensor.ndim == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{op}: {name} must have shape {want}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {dtype_name(tensor.dtype)}")
+
+
+def check_devices(op: str, clicks: Clicks, **tensors: Tensor | None) -> None:
+    """RuntimeError that names the first tensor on another device than the clicks."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != clicks.device:
+            raise RuntimeError(
+                f"{op}: {name} must be on {clicks.device} like clicks, got {tensor.device}"
+            )
+
+
+def check_dtypes(op: str, want: torch.dtype, **tensors: Tensor | None) -> None:
+    """TypeError that names the first tensor of another dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != want:
+            raise TypeError(
+                f"{op}: {name} must be {dtype_name(want)}, got {dtype_name(tensor.dtype)}"
+            )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to compute in under autocast, or None outside it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def reduce_users(op: str, nll: Tensor, reduction: str, user_weights: Tensor | None) -> Tensor:
+    """Weigh and reduce one value per user: none [n_users], sum or mean over users (scalar)."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if user_weights is not None:
+        check_tensor(op, "user_weights", user_weights, (len(nll),))
+        nll = nll * user_weights
+    return nll if reduction == "none" else nll.sum() if reduction == "sum" else nll.mean()

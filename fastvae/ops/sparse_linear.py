@@ -1,0 +1,286 @@
+"""sparse_linear: the first dense layer on sparse clicks, with L2 norm, input dropout, bias and tanh in one op.
+
+CUDA tensors take the Triton kernels of fastvae.kernels.sparse_linear. CPU tensors take the functions below: a gather-sum
+is torch's embedding_bag, and the weight gradient is an embedding_bag too, over the transposed batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clicks import Clicks, gather_rows
+from ..reference import dropout_keep
+from . import _buffers
+from ._checks import (
+    autocast_dtype,
+    check_clicks,
+    check_devices,
+    check_dtypes,
+    check_tensor,
+    dtype_name,
+)
+
+ITEMS_PER_BLOCK = 2048  # items whose gradient is built at once: 5 MB at H = 600, which malloc recycles
+
+
+def sparse_linear(
+    clicks: Clicks,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    normalize: bool = True,
+    tanh: bool = True,
+    tanh_input: bool = False,
+) -> Tensor:
+    """First layer of the encoder on a batch of users' clicks, without a dense input.
+
+        y[u] = tanh(W (keep[u] * x[u]) * s[u] + b),    s[u] = 1 / (||x[u]|| (1 - dropout))
+
+    >>> x = Clicks([0, 2, 2], [0, 2], n_items=3)
+    >>> sparse_linear(x, torch.ones(1, 3), tanh=False)
+    tensor([[1.4142],
+            [0.0000]])
+
+    clicks      [n_users, n_items]   a user without clicks gives tanh(b)
+    weight      [n_hidden, n_items]  float; fastest where weight.t() is contiguous (item-major), as in the models
+    bias        [n_hidden]           weight's dtype, or None
+    dropout     probability 0..1 to drop a click, after the norm; kept clicks are scaled by 1 / (1 - dropout)
+    seed        [1] int64 on clicks' device, needed where dropout > 0; fastvae.reference.dropout_keep says which clicks a seed keeps
+    normalize   divide each row by its L2 norm
+    tanh        apply tanh to the result
+    tanh_input  apply tanh to the normalised, dropped-out clicks too
+    returns     [n_users, n_hidden] in weight's dtype, or in autocast's; sums in fp32
+
+    Differentiable in weight, bias, and clicks.values where that requires grad. Weight's gradient has weight's strides.
+    Raises: TypeError (clicks, dtypes), ValueError (shapes, dropout, missing seed), RuntimeError (mixed devices).
+    Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sparse_linear.
+    """
+    _check(clicks, weight, bias, dropout, seed)
+    y, _ = _sparse_linear(
+        clicks.indptr,
+        clicks.indices,
+        clicks.values,
+        clicks.row_ids,
+        weight,
+        bias,
+        seed if dropout > 0 else None,
+        dropout,
+        normalize,
+        tanh,
+        tanh_input,
+    )
+    dtype = autocast_dtype(weight.device)
+    return y if dtype is None else y.to(dtype)
+
+
+def _check(clicks, weight, bias, dropout, seed) -> None:
+    op = "sparse_linear"
+    check_clicks(op, clicks)
+    check_tensor(op, "weight", weight, (None, clicks.n_items))
+    if bias is not None:
+        check_tensor(op, "bias", bias, (weight.shape[0],))
+        check_dtypes(op, weight.dtype, bias=bias)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: dropout must lie in [0, 1], got {dropout}")
+    if dropout > 0:
+        if seed is None:
+            raise ValueError(f"{op}: seed must be given where dropout > 0, got None")
+        if seed.shape != (1,) or seed.dtype != torch.int64:
+            got = f"{dtype_name(seed.dtype)} {list(seed.shape)}"
+            raise ValueError(f"{op}: seed must be int64 [1], got {got}")
+    check_devices(op, clicks, weight=weight, bias=bias, seed=seed)
+
+
+@torch.library.custom_op("fastvae::sparse_linear", mutates_args=(), device_types="cpu")
+def _sparse_linear(
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    normalize: bool,
+    tanh: bool,
+    tanh_input: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [n_users, n_hidden] and the row factor s [n_users] (fp32 at least)."""
+    batch = _Batch(indptr, indices, values, rows, weight.dtype)
+    scale = batch.scale(dropout, normalize)
+    item, coefficient, offsets, _ = batch.kept(scale, seed, dropout, tanh_input)
+    y = F.embedding_bag(
+        item,
+        weight.t().contiguous(),
+        offsets,
+        mode="sum",
+        per_sample_weights=coefficient.to(weight.dtype),
+        include_last_offset=True,
+    )
+    if bias is not None:
+        y += bias
+    return (y.tanh_() if tanh else y), scale
+
+
+@_sparse_linear.register_fake
+def _(indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input):
+    n_users = indptr.shape[0] - 1 if rows is None else rows.shape[0]
+    y = weight.new_empty((n_users, weight.shape[0]))
+    return y, weight.new_empty((n_users,), dtype=_sum_dtype(weight.dtype))
+
+
+@torch.library.custom_op("fastvae::sparse_linear_dweight", mutates_args=(), device_types="cpu")
+def _dweight(
+    dpre: Tensor,
+    scale: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    rows: Tensor | None,
+    seed: Tensor | None,
+    n_items: int,
+    dropout: float,
+    tanh_input: bool,
+) -> Tensor:
+    """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's dtype."""
+    batch = _Batch(indptr, indices, values, rows, dpre.dtype)
+    item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
+    order = torch.argsort(item, stable=True)
+    user, coefficient = user[order], coefficient[order].to(dpre.dtype)
+    bounds = torch.zeros(n_items + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(item, minlength=n_items), 0, out=bounds[1:])
+    grad = _buffers.empty((n_items, dpre.shape[1]), dpre.dtype)
+    for start in range(0, n_items, ITEMS_PER_BLOCK):
+        part = bounds[start : start + ITEMS_PER_BLOCK + 1]
+        chosen = slice(int(part[0]), int(part[-1]))
+        grad[start : start + ITEMS_PER_BLOCK] = F.embedding_bag(
+            user[chosen],
+            dpre,
+            part - part[0],
+            mode="sum",
+            per_sample_weights=coefficient[chosen],
+            include_last_offset=True,
+        )
+    return grad
+
+
+@_dweight.register_fake
+def _(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
+    return dpre.new_empty((n_items, dpre.shape[1]))
+
+
+@torch.library.custom_op("fastvae::sparse_linear_dvalues", mutates_args=(), device_types="cpu")
+def _dvalues(
+    dpre: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    normalize: bool,
+    tanh_input: bool,
+) -> Tensor:
+    """Gradient for the whole matrix's values [nnz]; rows outside the batch get 0, repeated rows add up.
+
+    With c = s v, y_pre = W c and s = a / ||v||:  dv = s dc - v (sum_n dc_n c_n) / ||v||^2.
+    """
+    batch = _Batch(indptr, indices, values, rows, weight.dtype)
+    user, value = batch.user, batch.value
+    direct = scale[user] * value
+    dc = (dpre[user] * weight.t()[batch.item]).sum(1).to(value.dtype)
+    if seed is not None:
+        dc = dc * dropout_keep(seed, batch.position, dropout)
+    if tanh_input:
+        dc = dc * (1 - torch.tanh(direct).square())
+    grad = scale[user] * dc
+    if normalize:
+        along = torch.zeros_like(scale).index_add_(0, user, dc * direct)
+        squares = torch.zeros_like(scale).index_add_(0, user, value.square())
+        grad -= value * (along / squares.clamp_min(torch.finfo(squares.dtype).tiny))[user]
+    return torch.zeros_like(values).index_add_(0, batch.position, grad.to(values.dtype))
+
+
+@_dvalues.register_fake
+def _(
+    dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+):  # fmt: skip
+    return torch.empty_like(values)
+
+
+class _Batch:
+    """A choice of rows as coordinate lists on the CPU: item, user, value and position of each click."""
+
+    def __init__(self, indptr, indices, values, rows, dtype):
+        self.offsets, self.position = gather_rows(indptr, rows)
+        self.item = indices[self.position].long()
+        self.user = torch.repeat_interleave(self.offsets.diff())
+        self.value = None if values is None else values[self.position].to(_sum_dtype(dtype))
+        self.dtype = _sum_dtype(dtype)
+
+    def scale(self, dropout: float, normalize: bool) -> Tensor:
+        """s[u] = 1 / (||x[u]|| (1 - dropout)); 0 for a row without clicks and at dropout 1."""
+        if not normalize:
+            scale = torch.ones(len(self.offsets) - 1, dtype=self.dtype)
+        elif self.value is None:
+            scale = self.offsets.diff().to(self.dtype).rsqrt()
+        else:
+            squares = torch.zeros(len(self.offsets) - 1, dtype=self.dtype)
+            scale = squares.index_add_(0, self.user, self.value.square()).rsqrt()
+        scale[self.offsets.diff() == 0] = 0
+        return scale / (1 - dropout) if dropout < 1 else torch.zeros_like(scale)
+
+    def kept(self, scale: Tensor, seed: Tensor | None, dropout: float, tanh_input: bool):
+        """Clicks that dropout keeps: item, coefficient, offsets [n_users + 1], user."""
+        item, user, offsets = self.item, self.user, self.offsets
+        coefficient = scale[user] if self.value is None else scale[user] * self.value
+        if seed is not None:
+            keep = dropout_keep(seed, self.position, dropout)
+            before = F.pad(torch.cumsum(keep, 0), (1, 0))
+            item, user, coefficient = item[keep], user[keep], coefficient[keep]
+            offsets = before[offsets]
+        return item, coefficient.tanh_() if tanh_input else coefficient, offsets, user
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _setup_context(ctx, inputs, output):
+    indptr, indices, values, rows, weight, _, seed, *ctx.settings = inputs
+    y, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(indptr, indices, values, rows, weight, seed, y, scale)
+
+
+def _backward(ctx, dy, _):
+    indptr, indices, values, rows, weight, seed, y, scale = ctx.saved_tensors
+    dropout, normalize, tanh, tanh_input = ctx.settings
+    if dy is None:
+        return (None,) * 11
+    _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    dpre = (dy * (1 - y.square()) if tanh else dy).contiguous()
+    dweight = dbias = dvalues = None
+    if need_weight:
+        n_items = weight.shape[1]
+        dweight = _dweight(
+            dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
+        )
+        dweight = dweight.t().to(weight.dtype)
+    if need_bias:
+        dbias = dpre.sum(0, dtype=_sum_dtype(dpre.dtype)).to(weight.dtype)
+    if need_values:
+        dvalues = _dvalues(
+            dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+        )  # fmt: skip
+    return None, None, dvalues, None, dweight, dbias, None, None, None, None, None
+
+
+_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
