@@ -86,7 +86,7 @@ class Clicks:
         if not sp.issparse(x) and not (isinstance(x, np.ndarray) and x.ndim == 2):
             got = f"{x.ndim}-D numpy array" if isinstance(x, np.ndarray) else type(x).__name__
             raise TypeError(f"Clicks: x must be {_ACCEPTED}, got {got}")
-        coo = sp.coo_array(x)
+        coo: Any = sp.coo_array(x)  # type: ignore[arg-type]
         return cls._from_coo(coo.row, coo.col, coo.data, coo.shape)
 
     @classmethod
@@ -169,9 +169,7 @@ class Clicks:
 
     def __repr__(self) -> str:
         kind = "binary" if self.values is None else "counts"
-        return (
-            f"Clicks(n_users={self.n_users}, n_items={self.n_items}, nnz={self.nnz}, {kind}, {self.device})"
-        )
+        return f"Clicks(n_users={self.n_users}, n_items={self.n_items}, nnz={self.nnz}, {kind}, {self.device})"
 
     def row_lengths(self) -> Tensor:
         """Distinct items of each user, int64 [n_users]."""
@@ -331,7 +329,9 @@ def _check_csr(
         raise ValueError(
             f"Clicks: indptr must end with the number of indices {len(indices)}, got {indptr[-1]}"
         )
-    _check_entries(indptr, "indices", indices, (indices < 0) | (indices >= n_items), f"lie in [0, {n_items})")
+    _check_entries(
+        indptr, "indices", indices, (indices < 0) | (indices >= n_items), f"lie in [0, {n_items})"
+    )
     if values is not None:
         if values.shape != indices.shape:
             raise ValueError(
@@ -345,7 +345,9 @@ def _check_entries(indptr, name: str, array, wrong, expected: str) -> None:
     if wrong.any():
         n = int(np.argmax(wrong))
         row = int(np.searchsorted(indptr, n, side="right")) - 1
-        raise ValueError(f"Clicks: {name} must {expected}, got {array[n]} at row {row}, position {n}")
+        raise ValueError(
+            f"Clicks: {name} must {expected}, got {array[n]} at row {row}, position {n}"
+        )
 
 
 def _canonical(indptr, indices, values, n_items):

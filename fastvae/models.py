@@ -12,6 +12,7 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,7 @@ class _Stack(nn.Module):
     def __init__(self, dims: Sequence[int], dropout: Sequence[float], item_major_first: bool):
         super().__init__()
         self.dropout = list(dropout)
-        for n, (n_in, n_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for n, (n_in, n_out) in enumerate(itertools.pairwise(dims)):
             item_major = item_major_first and n == 0
             layer = ItemMajorLinear(n_in, n_out) if item_major else nn.Linear(n_in, n_out)
             nn.init.xavier_uniform_(layer.weight)
@@ -157,7 +158,9 @@ class _MultiModel(nn.Module):
         normalize="clicks" divides both by the user's clicks N_u (a user without clicks counts 0).
         """
         if normalize not in NORMALIZE:
-            raise ValueError(f"loss: normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+            raise ValueError(
+                f"loss: normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}"
+            )
         if not isinstance(clicks, Clicks):
             got = type(clicks).__name__
             raise TypeError(f"loss: clicks must be Clicks, got {got}; pass Clicks.from_matrix(x)")
@@ -289,9 +292,13 @@ def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
         if len(dims) < 2 or min(dims) < 1:
             raise ValueError(f"{name}: {label} must be at least two widths above 0, got {dims}")
     if q_dims[0] != p_dims[-1]:
-        raise ValueError(f"{name}: q_dims must start with the {p_dims[-1]} items of p_dims, got {q_dims}")
+        raise ValueError(
+            f"{name}: q_dims must start with the {p_dims[-1]} items of p_dims, got {q_dims}"
+        )
     if q_dims[-1] != p_dims[0]:
-        raise ValueError(f"{name}: q_dims must end with the {p_dims[0]} latents of p_dims, got {q_dims}")
+        raise ValueError(
+            f"{name}: q_dims must end with the {p_dims[0]} latents of p_dims, got {q_dims}"
+        )
     return p_dims, q_dims
 
 
@@ -300,7 +307,9 @@ def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) 
         return [first] + [0.0] * (n_layers - 1)
     dropout = [float(p) for p in dropout]
     if len(dropout) != n_layers:
-        raise ValueError(f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}")
+        raise ValueError(
+            f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}"
+        )
     if not all(0 <= p <= 1 for p in dropout):
         raise ValueError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
     return dropout
@@ -310,7 +319,9 @@ def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
     name = type(model).__name__
     if not isinstance(x, Tensor | Clicks):
         got = type(x).__name__
-        raise TypeError(f"{name}: x must be a dense tensor or Clicks, got {got}; pass Clicks.from_matrix(x)")
+        raise TypeError(
+            f"{name}: x must be a dense tensor or Clicks, got {got}; pass Clicks.from_matrix(x)"
+        )
     if len(x.shape) != 2 or x.shape[1] != model.n_items:
         raise ValueError(f"{name}: x must have shape [any, {model.n_items}], got {list(x.shape)}")
     return x

@@ -12,6 +12,9 @@ for the truth. Math: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 to 2.4.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,7 +86,9 @@ def multinomial_nll(logits: Tensor, x: Tensor) -> Tensor:
     return -(torch.log_softmax(logits, dim=1) * x).sum(1)
 
 
-def linear_multinomial_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def linear_multinomial_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
     """multinomial_nll of the last layer's logits = hidden W^T + b; weight [n_items, n_hidden]."""
     return multinomial_nll(F.linear(hidden, weight, bias), x)
 
@@ -91,3 +96,72 @@ def linear_multinomial_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, 
 def kld(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL divergence of N(mu, exp(logvar)) from N(0, I), summed over latents; [n_users], nats."""
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
+
+
+class MultiVAE(nn.Module):
+    """The dense Mult-VAE (with two_heads=False Mult-DAE), as in the paper; keys as fastvae.MultiVAE.
+
+    p_dims   latent, hidden widths, n_items; the encoder mirrors it
+    dropout  probability to drop an input click, after the L2 norm
+    """
+
+    def __init__(self, p_dims: list[int], dropout: float = 0.5, two_heads: bool = True):
+        super().__init__()
+        self.dropout, self.two_heads = dropout, two_heads
+        q_dims = [*p_dims[:0:-1], (1 + two_heads) * p_dims[0]]
+        q_layers, p_layers = _linears(q_dims), _linears(p_dims)
+        self.encode = nn.ModuleDict({"q_layers": q_layers})
+        self.decode = nn.ModuleDict({"p_layers": p_layers})
+        self.encoder: list[Any] = list(q_layers.values())
+        self.decoder: list[Any] = list(p_layers.values())
+
+    def latent(self, x: Tensor, keep: Tensor | None, noise: Tensor | None):
+        """z, mu, logvar; keep [n_users, n_items] and noise [n_users, n_latent] are drawn where None."""
+        dropout = self.dropout if self.training else 0.0
+        if keep is None and dropout > 0:
+            keep = torch.rand_like(x) >= dropout
+        first, *others = self.encoder
+        last_is_tanh = not self.two_heads
+        h = sparse_linear(
+            x, first.weight, first.bias, keep, dropout, tanh=bool(others) or last_is_tanh
+        )
+        for layer in others:
+            h = layer(h)
+            h = torch.tanh(h) if layer is not others[-1] or last_is_tanh else h
+        if not self.two_heads:
+            return h, None, None
+        mu, logvar = h.chunk(2, dim=1)
+        if not self.training:
+            return mu, mu, logvar
+        noise = torch.randn_like(mu) if noise is None else noise
+        return mu + torch.exp(logvar / 2) * noise, mu, logvar
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Decoder output [n_users, n_items]."""
+        *hidden, last = self.decoder
+        for layer in hidden:
+            z = torch.tanh(layer(z))
+        return last(z)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None, noise: Tensor | None = None):
+        """logits, mu, logvar (Mult-DAE: logits) of a dense x."""
+        z, mu, logvar = self.latent(x, keep, noise)
+        return (self.logits(z), mu, logvar) if self.two_heads else self.logits(z)
+
+    def loss(
+        self, x: Tensor, beta: float, keep: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Mean over users of nll + beta * kld; nats per user."""
+        z, mu, logvar = self.latent(x, keep, noise)
+        nll = multinomial_nll(self.logits(z), x)
+        return (nll + beta * kld(mu, logvar)).mean() if self.two_heads else nll.mean()
+
+
+def _linears(dims: list[int]) -> nn.ModuleDict:
+    layers = nn.ModuleDict()
+    for n, (n_in, n_out) in enumerate(itertools.pairwise(dims)):
+        layer = nn.Linear(n_in, n_out)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(layer.bias, std=0.001)
+        layers[f"linear_{n}"] = layer
+    return layers

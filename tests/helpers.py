@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from fastvae.clicks import Clicks
+from fastvae import reference
+from fastvae.clicks import Clicks, gather_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 dots are wrong in the interpreter (bit patterns are multiplied), so bf16 runs on a GPU only
@@ -26,7 +27,9 @@ def assert_as_accurate_as_torch(actual, same_dtype, truth, slack=2.0, floor=1e-5
     assert torch.isfinite(actual).all()
     error, torch_error = (actual - truth).norm(), (same_dtype - truth).norm()
     allowed = slack * torch_error + floor * truth.norm()
-    assert error <= allowed, f"error {error:.3e}, torch's own {torch_error:.3e}, allowed {allowed:.3e}"
+    assert error <= allowed, (
+        f"error {error:.3e}, torch's own {torch_error:.3e}, allowed {allowed:.3e}"
+    )
 
 
 def random_clicks(lengths, n_items, seed=0, counts=False):
@@ -35,4 +38,21 @@ def random_clicks(lengths, n_items, seed=0, counts=False):
     rows = [np.sort(rng.choice(n_items, length, replace=False)) for length in lengths]
     indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     values = rng.integers(1, 5, len(indices)) if counts else None
-    return Clicks(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), indices, values, n_items)
+    return Clicks(
+        np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), indices, values, n_items
+    )
+
+
+def many_users(lengths, dtype):
+    """The same users 24 times over in half precision: one user's rounding is luck, for the op and for torch alike."""
+    return lengths * 24 if dtype in (torch.float16, torch.bfloat16) else lengths
+
+
+def dense_keep(clicks, seed, dropout):
+    """The keep mask as a dense [n_users, n_items]."""
+    part = clicks.compact()
+    mask = torch.zeros(part.shape, dtype=torch.bool)
+    users = torch.repeat_interleave(part.row_lengths())
+    _, position = gather_rows(clicks.indptr, clicks.row_ids)
+    mask[users, part.indices.long()] = reference.dropout_keep(seed, position, dropout)
+    return mask

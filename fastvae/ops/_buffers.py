@@ -9,7 +9,10 @@ import threading
 import torch
 from torch import Tensor
 
-MIN_BYTES, MAX_BYTES = 2**20, 2**28  # malloc recycles smaller ones; larger ones are not worth keeping
+MIN_BYTES, MAX_BYTES = (
+    2**20,
+    2**28,
+)  # malloc recycles smaller ones; larger ones are not worth keeping
 KEPT_PER_DTYPE = 4  # one [n_users, n_items], two weight gradients, and one to spare
 
 _pool: dict[torch.dtype, list[Tensor]] = {}
@@ -26,7 +29,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # set_ makes a tensor of its own on the storage: as long as it lives, the memory counts as held
         buffer = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
     if torch.are_deterministic_algorithms_enabled():
-        buffer.fill_(math.nan)  # torch.empty fills likewise then, which shows a store that was forgotten
+        buffer.fill_(
+            math.nan
+        )  # torch.empty fills likewise then, which shows a store that was forgotten
     return buffer
 
 

@@ -62,7 +62,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def reduce_users(op: str, nll: Tensor, reduction: str, user_weights: Tensor | None) -> Tensor:
     """Weigh and reduce one value per user: none [n_users], sum or mean over users (scalar)."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
+        )
     if user_weights is not None:
         check_tensor(op, "user_weights", user_weights, (len(nll),))
         nll = nll * user_weights

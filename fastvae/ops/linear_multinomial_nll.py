@@ -25,7 +25,9 @@ from ._checks import (
 )
 from .multinomial_nll import Targets, row_blocks, sum_dtype
 
-ITEMS_PER_GEMM = 512  # a [500, 600] x [600, 20108] product takes 101 ms whole, 70 ms in these pieces (2 cores)
+ITEMS_PER_GEMM = (
+    512  # a [500, 600] x [600, 20108] product takes 101 ms whole, 70 ms in these pieces (2 cores)
+)
 
 
 def linear_multinomial_nll(
@@ -157,7 +159,9 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-@torch.library.custom_op("fastvae::linear_multinomial_nll_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "fastvae::linear_multinomial_nll_backward", mutates_args=(), device_types="cpu"
+)
 def _gradients(
     dnll: Tensor,
     e: Tensor,
@@ -174,14 +178,15 @@ def _gradients(
     # a user without clicks has v = 0 and no targets: his row counts nothing
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     if need_hidden:
-        dhidden = torch.mm(e, weight).mul_(factor[:, None])
+        dhidden = (torch.mm(e, weight) * factor[:, None]).to(e.dtype)
     if need_weight:
         scaled = (hidden * factor[:, None]).to(e.dtype)
         dweight = torch.mm(e.t(), scaled, out=_buffers.empty(tuple(weight.shape), e.dtype))
         dweight = _cast(dweight, weight_dtype)
     if need_bias:
-        # as a product with a matrix: a bf16 product with a vector would sum in bf16
-        dbias = torch.mm(factor[None].to(e.dtype), e)[0]
+        # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
+        high = factor.to(e.dtype)
+        dbias = torch.mm(torch.stack((high, (factor - high).to(e.dtype))), e).to(v.dtype).sum(0)
     return dhidden, dweight, dbias
 
 
@@ -191,7 +196,7 @@ def _(dnll, e, v, hidden, weight, need_hidden, need_weight, need_bias, weight_dt
     return (
         torch.empty_like(hidden, dtype=e.dtype) if need_hidden else nothing,
         torch.empty_like(weight, dtype=weight_dtype) if need_weight else nothing.clone(),
-        e.new_empty(len(weight)) if need_bias else nothing.clone(),
+        v.new_empty(len(weight)) if need_bias else nothing.clone(),
     )
 
 

@@ -7,7 +7,6 @@ over the logits in blocks of rows that stay in the cache.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..clicks import Clicks, gather_rows
@@ -64,7 +63,9 @@ def _multinomial_nll(
 
 @_multinomial_nll.register_fake
 def _(logits, indptr, indices, values, rows):
-    return tuple(logits.new_empty((logits.shape[0],), dtype=sum_dtype(logits.dtype)) for _ in range(3))
+    return tuple(
+        logits.new_empty((logits.shape[0],), dtype=sum_dtype(logits.dtype)) for _ in range(3)
+    )
 
 
 @torch.library.custom_op("fastvae::multinomial_nll_dlogits", mutates_args=(), device_types="cpu")

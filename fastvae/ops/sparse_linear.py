@@ -22,7 +22,9 @@ from ._checks import (
     dtype_name,
 )
 
-ITEMS_PER_BLOCK = 2048  # items whose gradient is built at once: 5 MB at H = 600, which malloc recycles
+ITEMS_PER_BLOCK = (
+    2048  # items whose gradient is built at once: 5 MB at H = 600, which malloc recycles
+)
 
 
 def sparse_linear(
@@ -113,17 +115,22 @@ def _sparse_linear(
     batch = _Batch(indptr, indices, values, rows, weight.dtype)
     scale = batch.scale(dropout, normalize)
     item, coefficient, offsets, _ = batch.kept(scale, seed, dropout, tanh_input)
+    table = weight.t().contiguous()
+    if table.dtype != batch.dtype:
+        # fp32 sums for half precision: only the rows that occur are widened
+        distinct, item = torch.unique(item, return_inverse=True)
+        table = table[distinct].to(batch.dtype)
     y = F.embedding_bag(
         item,
-        weight.t().contiguous(),
+        table,
         offsets,
         mode="sum",
-        per_sample_weights=coefficient.to(weight.dtype),
+        per_sample_weights=coefficient,
         include_last_offset=True,
     )
     if bias is not None:
         y += bias
-    return (y.tanh_() if tanh else y), scale
+    return (y.tanh_() if tanh else y).to(weight.dtype), scale
 
 
 @_sparse_linear.register_fake
@@ -146,7 +153,7 @@ def _dweight(
     dropout: float,
     tanh_input: bool,
 ) -> Tensor:
-    """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's dtype."""
+    """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's dtype (fp32, fp64)."""
     batch = _Batch(indptr, indices, values, rows, dpre.dtype)
     item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
     order = torch.argsort(item, stable=True)
@@ -193,8 +200,9 @@ def _dvalues(
     """
     batch = _Batch(indptr, indices, values, rows, weight.dtype)
     user, value = batch.user, batch.value
+    assert value is not None
     direct = scale[user] * value
-    dc = (dpre[user] * weight.t()[batch.item]).sum(1).to(value.dtype)
+    dc = (dpre[user] * weight.t()[batch.item]).sum(1)
     if seed is not None:
         dc = dc * dropout_keep(seed, batch.position, dropout)
     if tanh_input:
@@ -221,7 +229,9 @@ class _Batch:
         self.offsets, self.position = gather_rows(indptr, rows)
         self.item = indices[self.position].long()
         self.user = torch.repeat_interleave(self.offsets.diff())
-        self.value = None if values is None else values[self.position].to(_sum_dtype(dtype))
+        self.value: Tensor | None = None
+        if values is not None:
+            self.value = values[self.position].to(_sum_dtype(dtype))
         self.dtype = _sum_dtype(dtype)
 
     def scale(self, dropout: float, normalize: bool) -> Tensor:
@@ -266,6 +276,8 @@ def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 11
     _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    total = _sum_dtype(y.dtype)
+    dy, y = dy.to(total), y.to(total)
     dpre = (dy * (1 - y.square()) if tanh else dy).contiguous()
     dweight = dbias = dvalues = None
     if need_weight:
@@ -275,7 +287,7 @@ def _backward(ctx, dy, _):
         )
         dweight = dweight.t().to(weight.dtype)
     if need_bias:
-        dbias = dpre.sum(0, dtype=_sum_dtype(dpre.dtype)).to(weight.dtype)
+        dbias = dpre.sum(0).to(weight.dtype)
     if need_values:
         dvalues = _dvalues(
             dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input

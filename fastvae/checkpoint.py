@@ -1,0 +1,133 @@
+"""Checkpoints: tensors and JSON in one torch file, read with weights_only, so that no code in it can run.
+
+    {"meta": JSON text (format, model, config, items), "model": state_dict, ...what a resume needs}
+
+A plain state_dict of other Mult-VAE code with the same keys is read too; its model is inferred from the shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._files import replacing
+from .models import MultiDAE, MultiVAE
+
+FORMAT = 1
+_MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    model: MultiVAE | MultiDAE,
+    items: Sequence[str] | None = None,
+    **state: Any,
+) -> None:
+    """Write a model, the external ids of its items, and any further tensors and numbers; all or nothing.
+
+    Raises: OSError (a full disk, say); whatever stood at path is still there then.
+    """
+    meta = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "config": model.config(),
+        "items": None if items is None else [str(item) for item in items],
+    }
+    with replacing(Path(path)) as temporary:
+        torch.save({"meta": json.dumps(meta), "model": model.state_dict(), **state}, temporary)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parts of a checkpoint on the CPU, with "meta" as a dictionary; {"model": ...} alone for a plain state_dict.
+
+    Raises: ValueError for a file that is no checkpoint, is damaged, would run code, or has another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"checkpoint: path must be a file, got {path}; fastvae train writes best.pt into its run folder"
+        )
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
+        ) from error
+    if _is_state_dict(parts):
+        return {"model": parts}
+    if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
+        raise ValueError(f"checkpoint: {path} must hold a model's state_dict, got none")
+    try:
+        meta = json.loads(parts["meta"])
+        version = meta["format"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"checkpoint: {path} must say its format, got a file without") from None
+    if version != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} must have format {FORMAT}, got {version}; use the fastvae version that wrote it"
+        )
+    return parts | {"meta": meta}
+
+
+def load_model(
+    path: str | os.PathLike[str], tanh_after_dropout: bool = False
+) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
+    """A model in eval mode on the CPU, and the external ids of its items where the file holds them.
+
+    path                a checkpoint of fit(), or torch.save(model.state_dict()) of other code with the same keys
+    tanh_after_dropout  for a plain state_dict only: see MultiVAE
+    Raises: ValueError where the file is no such thing.
+    """
+    parts = read_checkpoint(path)
+    weights, meta = parts["model"], parts.get("meta")
+    try:
+        if meta is None:
+            model = _infer(weights, tanh_after_dropout)
+        else:
+            with torch.device("meta"):  # no memory before the shapes have been compared
+                model = _MODELS[meta["model"]](**meta["config"])
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        if shapes != {key: value.shape for key, value in weights.items()}:
+            raise ValueError("keys or shapes differ")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({error})"
+        ) from error
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    return model.eval(), None if meta is None else meta["items"]
+
+
+def _is_state_dict(parts: Any) -> bool:
+    return (
+        isinstance(parts, Mapping)
+        and len(parts) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in parts.items())
+    )
+
+
+def _infer(weights: Mapping[str, Tensor], tanh_after_dropout: bool) -> MultiVAE | MultiDAE:
+    """The model with these shapes, on the meta device."""
+    q_dims, p_dims = (_widths(weights, part) for part in ("encode.q_layers", "decode.p_layers"))
+    two_heads = q_dims[-1] == 2 * p_dims[0]
+    if two_heads:
+        q_dims[-1] //= 2
+    with torch.device("meta"):
+        make = MultiVAE if two_heads else MultiDAE
+        return make(p_dims, q_dims=q_dims, tanh_after_dropout=tanh_after_dropout)
+
+
+def _widths(weights: Mapping[str, Tensor], part: str) -> list[int]:
+    pattern = re.compile(re.escape(part) + r"\.linear_(\d+)\.weight")
+    layers = sorted((int(m[1]), key) for key in weights if (m := pattern.fullmatch(key)))
+    if not layers:
+        raise ValueError(f"no {part}.linear_0.weight in it")
+    shapes = [weights[key].shape for _, key in layers]
+    return [shapes[0][1], *(shape[0] for shape in shapes)]

@@ -1,0 +1,204 @@
+"""Clicks: every container and dtype gives the same canonical matrix; bad input is named by row and index."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvae import Clicks
+from fastvae.clicks import gather_rows
+
+DENSE = np.array([[0, 2, 0, 1], [0, 0, 0, 0], [3, 0, 0, 0]])
+
+
+def assert_is(clicks, dense):
+    """clicks is canonical and equals dense."""
+    assert clicks.shape == dense.shape
+    assert clicks.indptr.dtype == torch.int64 and clicks.indices.dtype == torch.int32
+    assert clicks.values is None or clicks.values.dtype == torch.float32
+    np.testing.assert_array_equal(clicks.to_dense().numpy(), dense)
+    for u in range(clicks.n_users):
+        row = clicks.indices[clicks.indptr[u] : clicks.indptr[u + 1]].tolist()
+        assert row == sorted(set(row)), "sorted, no duplicates"
+    assert clicks.nnz == np.count_nonzero(dense), "no stored zeros"
+
+
+CONTAINERS = {
+    "csr_matrix": sp.csr_matrix,
+    "csr_array": sp.csr_array,
+    "csc_array": sp.csc_array,
+    "coo_array": sp.coo_array,
+    "lil_array": sp.lil_array,
+    "dok_array": sp.dok_array,
+    "numpy": np.asarray,
+    "torch-dense": torch.from_numpy,
+    "torch-csr": lambda d: torch.from_numpy(d).to_sparse_csr(),
+    "torch-csc": lambda d: torch.from_numpy(d).to_sparse_csc(),
+    "torch-coo": lambda d: torch.from_numpy(d).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, np.float64, np.float32, np.bool_])
+@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support:UserWarning")
+def test_every_container_gives_the_same_clicks(container, dtype):
+    dense = DENSE.astype(dtype)
+    assert_is(Clicks.from_matrix(CONTAINERS[container](dense)), dense.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tensors(dtype):
+    assert_is(Clicks.from_matrix(torch.from_numpy(DENSE).to(dtype)), DENSE)
+
+
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64, np.uint16])
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i1", "u1", "i8", "?"])
+def test_index_and_value_dtypes(index_dtype, dtype):
+    csr = sp.csr_array(DENSE)
+    values = csr.data.astype(dtype)
+    clicks = Clicks(csr.indptr.astype(index_dtype), csr.indices.astype(index_dtype), values, 4)
+    expected = sp.csr_array((values.astype(np.float32), csr.indices, csr.indptr), DENSE.shape)
+    assert_is(clicks, expected.toarray())
+
+
+def test_sums_of_small_integers_do_not_wrap():
+    one = np.ones(300, np.int8)
+    clicks = Clicks([0, 300], np.zeros(300, np.int64), one, n_items=2)
+    assert clicks.values.tolist() == [300.0]
+    # u8: 16 * 16 wraps to 0 where squares are taken in the stored dtype
+    clicks = Clicks.from_matrix(sp.csr_array(np.full((1, 1), 16, np.uint8)))
+    assert clicks.values.square().sum() == 256
+
+
+def test_unsorted_rows_duplicates_and_explicit_zeros():
+    clicks = Clicks([0, 4, 4, 6], [3, 1, 3, 0, 2, 2], [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], n_items=5)
+    assert_is(clicks, np.array([[0, 2, 0, 2, 0], [0] * 5, [0] * 5]))
+    clicks = Clicks([0, 2], [0, 1], [0.0, 1.0], n_items=3)
+    assert clicks.nnz == 1 and clicks.values is None
+
+
+def test_pairs_are_binary_unless_counts_are_asked_for():
+    users, items = [0, 0, 0], [0, 0, 1]
+    assert_is(Clicks.from_pairs(users, items), np.array([[1, 1]]))
+    assert_is(Clicks.from_pairs(users, items, counts=True), np.array([[2, 1]]))
+
+
+def test_all_ones_store_no_values():
+    assert Clicks.from_matrix(DENSE > 0).values is None
+    assert Clicks.from_matrix(DENSE).values is not None
+
+
+@pytest.mark.parametrize(
+    "clicks",
+    [
+        pytest.param(Clicks([0], [], n_items=4), id="no-users"),
+        pytest.param(Clicks([0, 0, 0], [], n_items=4), id="no-clicks"),
+        pytest.param(Clicks([0, 0], [], n_items=0), id="no-items"),
+    ],
+)
+def test_empty(clicks):
+    assert clicks.nnz == 0 and clicks.to_dense().shape == clicks.shape
+    assert clicks.rows([]).n_users == 0
+    assert clicks.transpose().shape == clicks.shape[::-1]
+    assert clicks.row_sums().tolist() == [0.0] * clicks.n_users
+
+
+def test_rows_share_memory_and_compose():
+    clicks = Clicks.from_matrix(DENSE)
+    view = clicks.rows([2, 0, 2])
+    assert view.indices is clicks.indices
+    np.testing.assert_array_equal(view.to_dense(), DENSE[[2, 0, 2]])
+    np.testing.assert_array_equal(view.rows(torch.tensor([1, 1])).to_dense(), DENSE[[0, 0]])
+    assert view.row_sums().tolist() == [3.0, 3.0, 3.0] and view.nnz == 4 and len(view) == 3
+    np.testing.assert_array_equal(view.transpose().to_dense(), DENSE[[2, 0, 2]].T)
+    assert (view.to_scipy() != sp.csr_array(DENSE[[2, 0, 2]])).nnz == 0
+    assert view.compact().row_ids is None and clicks.compact() is clicks
+
+
+def test_gather_rows_gives_positions_in_the_whole_matrix():
+    clicks = Clicks.from_matrix(DENSE)
+    offsets, position = gather_rows(clicks.indptr, torch.tensor([2, 1, 0]))
+    assert offsets.tolist() == [0, 1, 1, 3] and position.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0, 1], [5], None, 5), ValueError, "Clicks: indices must lie in [0, 5), got 5 at row 0, position 0"),
+        (([0, 1, 2], [0, -1], None, 5), ValueError, "Clicks: indices must lie in [0, 5), got -1 at row 1, position 1"),
+        (([0, 2, 1], [0], None, 5), ValueError, "Clicks: indptr must not decrease, got 2 then 1 at row 1"),
+        (([1, 1], [0], None, 5), ValueError, "Clicks: indptr must start with 0, got [1]"),
+        (([], [], None, 5), ValueError, "Clicks: indptr must start with 0, got []"),
+        (([0, 2], [0], None, 5), ValueError, "Clicks: indptr must end with the number of indices 1, got 2"),
+        (([0, 1], [0.5], None, 5), TypeError, "Clicks: indices must be integers, got float64"),
+        (([[0, 1]], [0], None, 5), ValueError, "Clicks: indptr must have 1 dimension, got 2"),
+        (([0, 1], [0], [1.0, 2.0], 5), ValueError, "Clicks: values must have shape [1], got [2]"),
+        (([0, 0, 1], [3], [float("nan")], 5), ValueError, "Clicks: values must be finite, got nan at row 1, position 0"),
+        (([0, 1], [3], [-1.0], 5), ValueError, "Clicks: values must not be negative, got -1.0 at row 0, position 0"),
+        (([0, 1], [3], ["a"], 5), TypeError, "Clicks: values must be real numbers, got <U1"),
+        (([0, 0], [], None, 2**31), ValueError, "Clicks: n_items must lie in [0, 2**31), got 2147483648"),
+    ],
+)  # fmt: skip
+def test_bad_arrays_are_named(arguments, error, message):
+    with pytest.raises(error) as caught:
+        Clicks(*arguments)
+    assert str(caught.value) == message
+
+
+def test_bad_containers_rows_and_pairs_are_named():
+    cases = [
+        (lambda: Clicks.from_matrix([[1, 0]]), TypeError, "got list"),
+        (lambda: Clicks.from_matrix(np.ones(3)), TypeError, "got 1-D numpy array"),
+        (lambda: Clicks.from_matrix(torch.ones(3)), ValueError, "Clicks: x must have 2 dimensions, got 1"),
+        (lambda: Clicks.from_matrix(DENSE).rows([0, 3]), ValueError, "Clicks: rows must lie in [0, 3), got 3"),
+        (lambda: Clicks.from_matrix(DENSE).rows([-1]), ValueError, "Clicks: rows must lie in [0, 3), got -1"),
+        (lambda: Clicks.from_matrix(DENSE).rows([0.0]), TypeError, "Clicks: rows must be integers, got float32"),
+        (lambda: Clicks.from_matrix(DENSE).rows([[0]]), ValueError, "Clicks: rows must have 1 dimension, got 2"),
+        (lambda: Clicks.from_pairs([0], [0, 1]), ValueError, "must be equally long, got 1 and 2"),
+        (lambda: Clicks.from_pairs([4], [0], n_users=3), ValueError, "Clicks: users must lie in [0, 3), got 4"),
+        (lambda: Clicks.from_pairs([0], [4], n_items=3), ValueError, "Clicks: indices must lie in [0, 3), got 4"),
+    ]  # fmt: skip
+    for call, error, message in cases:
+        with pytest.raises(error) as caught:
+            call()
+        assert message in str(caught.value)
+
+
+@st.composite
+def coordinates(draw):
+    n_users, n_items = draw(st.integers(0, 6)), draw(st.integers(1, 7))
+    entry = st.tuples(
+        st.integers(0, max(n_users - 1, 0)), st.integers(0, n_items - 1), st.integers(0, 3)
+    )
+    entries = draw(st.lists(entry, max_size=20)) if n_users else []
+    return (n_users, n_items), entries
+
+
+@settings(max_examples=40, deadline=None)
+@given(coordinates(), st.sampled_from(["f8", "f4", "i8", "u1"]))
+@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support:UserWarning")
+def test_any_coordinates_through_any_container(case, dtype):
+    shape, entries = case
+    dense = np.zeros(shape, np.float32)
+    for u, i, value in entries:
+        dense[u, i] += value
+    u, i, value = (np.array(part, np.int64) for part in zip(*entries, strict=True)) if entries else (
+        np.zeros(0, np.int64) for _ in range(3)
+    )  # fmt: skip
+    coo = sp.coo_array((value.astype(dtype), (u, i)), shape=shape)  # duplicates and zeros included
+    torch_coo = torch.sparse_coo_tensor(
+        np.stack((u, i)), value.astype(dtype), shape, check_invariants=True
+    )
+    order = np.argsort(u, kind="stable")
+    indptr = np.concatenate(([0], np.cumsum(np.bincount(u, minlength=shape[0]))))[: shape[0] + 1]
+    for clicks in (
+        Clicks.from_matrix(coo),
+        Clicks.from_matrix(coo.tocsr()),
+        Clicks.from_matrix(torch_coo),
+        Clicks.from_matrix(torch_coo.to_dense()),
+        Clicks(indptr, i[order], value[order].astype(dtype), shape[1]),
+        Clicks.from_matrix(coo).transpose().transpose(),
+    ):
+        assert_is(clicks, dense)

@@ -1,0 +1,174 @@
+"""linear_multinomial_nll, CPU path and op: against the dense reference in fp64, gradcheck, opcheck, memory."""
+
+import pytest
+import torch
+from helpers import assert_as_accurate_as_torch, many_users, random_clicks
+
+from fastvae import Clicks, linear_multinomial_nll, reference
+from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM, _linear_multinomial_nll
+
+SHAPES = [
+    pytest.param([], 5, 3, id="no-users"),
+    pytest.param([0, 0], 5, 3, id="no-clicks"),
+    pytest.param([0, 3, 0, 2, 0], 7, 3, id="empty-rows-first-middle-last"),
+    pytest.param([1], 1, 1, id="smallest"),
+    pytest.param([9, 1], 9, 8, id="a-row-with-all-items"),
+    pytest.param([4, 90], ITEMS_PER_GEMM - 1, 50, id="items-one-below-a-block"),
+    pytest.param([4, 90], ITEMS_PER_GEMM, 50, id="items-exactly-a-block"),
+    pytest.param([4, 90], ITEMS_PER_GEMM + 1, 50, id="items-one-above-a-block"),
+    pytest.param([30] * 90, 5000, 8, id="rows-in-blocks-and-a-tail"),
+]
+
+
+def inputs(lengths, n_items, n_hidden, dtype=torch.float32, counts=False, bias=True, spread=1.0):
+    torch.manual_seed(0)
+    hidden = torch.randn(len(lengths), n_hidden).to(dtype)
+    weight = (spread * torch.randn(n_items, n_hidden)).to(dtype)
+    b = torch.randn(n_items).to(dtype) if bias else None
+    return hidden, weight, b, random_clicks(lengths, n_items, counts=counts)
+
+
+def run(call, tensors, dnll):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    nll = call(*leaves)
+    wanted = [t for t in leaves if t is not None]
+    return [nll, *torch.autograd.grad(nll, wanted, dnll.to(nll.dtype))]
+
+
+@pytest.mark.parametrize(("lengths", "n_items", "n_hidden"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_equals_the_reference(lengths, n_items, n_hidden, dtype, bias, counts):
+    lengths = many_users(lengths, dtype)
+    *tensors, clicks = inputs(lengths, n_items, n_hidden, dtype, counts, bias)
+    x, dnll = clicks.to_dense(), torch.randn(len(lengths))
+    actual = run(lambda h, w, b: linear_multinomial_nll(h, w, b, clicks), tensors, dnll)
+
+    def dense(dtype):
+        cast = [None if t is None else t.to(dtype) for t in tensors]
+        return run(
+            lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x.to(dtype)), cast, dnll
+        )
+
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+    for a, s, t in zip(actual, dense(dtype), dense(torch.float64), strict=True):
+        assert_as_accurate_as_torch(a, s, t)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_flat_and_peaked_softmax(spread):
+    *tensors, clicks = inputs([5, 20], 400, 16, spread=spread)
+    x, dnll = clicks.to_dense(), torch.ones(2)
+    actual = run(lambda h, w, b: linear_multinomial_nll(h, w, b, clicks), tensors, dnll)
+    same = run(lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x), tensors, dnll)
+    doubles = [t.double() for t in tensors]
+    truth = run(
+        lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x.double()), doubles, dnll
+    )
+    for a, s, t in zip(actual, same, truth, strict=True):
+        assert_as_accurate_as_torch(a, s, t)
+
+
+def test_no_grad_and_frozen_inputs_give_the_same_loss_and_only_what_is_asked():
+    hidden, weight, bias, clicks = inputs([2, 0, 3], 7, 4)
+    with torch.no_grad():
+        plain = linear_multinomial_nll(hidden, weight, bias, clicks)
+    for wanted in (0, 1, 2):
+        tensors = [
+            t.clone().requires_grad_(n == wanted) for n, t in enumerate((hidden, weight, bias))
+        ]
+        nll = linear_multinomial_nll(*tensors, clicks)
+        assert torch.equal(nll, plain)
+        nll.sum().backward()
+        assert [t.grad is not None for t in tensors] == [n == wanted for n in range(3)]
+
+
+def test_second_backward_adds_the_same_and_weights_scale_users():
+    hidden, weight, bias, clicks = inputs([2, 0, 3], 7, 4)
+    hidden.requires_grad_()
+    weights = torch.tensor([0.0, 1.0, 2.0])
+    loss = linear_multinomial_nll(
+        hidden, weight, bias, clicks, reduction="sum", user_weights=weights
+    )
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss.backward()
+    assert torch.equal(hidden.grad, 2 * first)
+    dense = (
+        reference.linear_multinomial_nll(hidden, weight, bias, clicks.to_dense()) * weights
+    ).sum()
+    torch.testing.assert_close(first, torch.autograd.grad(dense, hidden)[0])
+    assert (first[:2] == 0).all()
+
+
+def test_two_losses_before_one_backward_keep_their_buffers_apart():
+    # large enough for the reused buffers
+    *tensors, clicks = inputs([40] * 64, 5000, 8)
+    weight = tensors[1].requires_grad_()
+    one = linear_multinomial_nll(*tensors, clicks, reduction="sum")
+    two = linear_multinomial_nll(2 * tensors[0], weight, tensors[2], clicks, reduction="sum")
+    together = torch.autograd.grad(one + two, weight)[0]
+    apart = [
+        torch.autograd.grad(
+            linear_multinomial_nll(s * tensors[0], weight, tensors[2], clicks, reduction="sum"),
+            weight,
+        )[0]
+        for s in (1, 2)
+    ]
+    torch.testing.assert_close(together, apart[0] + apart[1])
+    assert apart[0].data_ptr() != apart[1].data_ptr()
+
+
+def test_gradcheck_and_opcheck():
+    hidden, weight, bias, clicks = inputs([2, 0, 3], 5, 3, torch.float64, counts=True)
+    clicks = clicks.rows([2, 2, 0])
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: linear_multinomial_nll(*t, clicks), leaves)
+    csr = (clicks.indptr, clicks.indices, clicks.values, clicks.row_ids)
+    leaves = [t.detach().float().requires_grad_() for t in leaves]
+    for compute in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(_linear_multinomial_nll, (*leaves, *csr, compute, True))
+    torch.library.opcheck(
+        _linear_multinomial_nll, (*(t.detach() for t in leaves), *csr, torch.float32, False)
+    )
+
+
+def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
+    *tensors, clicks = inputs([5, 20, 0], 600, 64, spread=0.1)
+    x, dnll = clicks.to_dense(), torch.ones(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(lambda h, w, b: linear_multinomial_nll(h, w, b, clicks), tensors, dnll)
+        same = run(lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x), tensors, dnll)
+    doubles = [t.double() for t in tensors]
+    truth = run(
+        lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x.double()), doubles, dnll
+    )
+    assert all(t.dtype == torch.float32 for t in actual)
+    for a, s, t in zip(actual, same, truth, strict=True):
+        assert_as_accurate_as_torch(a, s, t)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"clicks": None}, TypeError, "linear_multinomial_nll: clicks must be Clicks, got NoneType; pass Clicks.from_matrix(x)"),
+        ({"hidden": torch.ones(3, 4)}, ValueError, "linear_multinomial_nll: hidden must have shape [2, any], got [3, 4]"),
+        ({"weight": torch.ones(6, 5)}, ValueError, "linear_multinomial_nll: weight must have shape [6, 4], got [6, 5]"),
+        ({"bias": torch.ones(4)}, ValueError, "linear_multinomial_nll: bias must have shape [6], got [4]"),
+        ({"weight": torch.ones(6, 4).double()}, TypeError, "linear_multinomial_nll: weight must be float32, got float64"),
+        ({"bias": torch.ones(6, device="meta")}, RuntimeError, "linear_multinomial_nll: bias must be on cpu like clicks, got meta"),
+        ({"reduction": "avg"}, ValueError, "linear_multinomial_nll: reduction must be one of none, sum, mean, got 'avg'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(change, error, message):
+    clicks = Clicks([0, 1, 2], [0, 5], n_items=6)
+    arguments = {
+        "hidden": torch.ones(2, 4),
+        "weight": torch.ones(6, 4),
+        "bias": None,
+        "clicks": clicks,
+    }
+    with pytest.raises(error) as caught:
+        linear_multinomial_nll(**(arguments | change))
+    assert str(caught.value) == message

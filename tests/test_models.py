@@ -1,0 +1,257 @@
+"""MultiVAE and MultiDAE: keys, storage, both forward forms, loss and gradients against the dense reference model."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_as_accurate_as_torch, dense_keep, random_clicks
+
+from fastvae import Clicks, MultiDAE, MultiVAE, reference, vae_loss_fn
+
+MODELS = [MultiVAE, MultiDAE]
+KEYS = [
+    "encode.q_layers.linear_0.weight", "encode.q_layers.linear_0.bias",
+    "encode.q_layers.linear_1.weight", "encode.q_layers.linear_1.bias",
+    "decode.p_layers.linear_0.weight", "decode.p_layers.linear_0.bias",
+    "decode.p_layers.linear_1.weight", "decode.p_layers.linear_1.bias",
+]  # fmt: skip
+
+
+def pair(p_dims, two_heads=True, dtype=torch.float32, seed=0):
+    """A model and the dense reference model with the same weights."""
+    torch.manual_seed(seed)
+    model = (MultiVAE if two_heads else MultiDAE)(p_dims).to(dtype)
+    dense = reference.MultiVAE(p_dims, two_heads=two_heads).to(dtype)
+    dense.load_state_dict(model.state_dict())
+    return model, dense
+
+
+def dense_loss(dense, clicks, beta):
+    """The reference's loss with the draws that model.loss makes: first the dropout seed, then the noise."""
+    seed = torch.randint(2**63 - 1, (1,))
+    dtype = next(dense.parameters()).dtype
+    noise = None
+    if dense.two_heads:
+        noise = torch.randn(len(clicks), dense.decoder[0].in_features).to(dtype)
+    return dense.loss(clicks.to_dense().to(dtype), beta, dense_keep(clicks, seed, 0.5), noise)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_keys_shapes_and_storage(make):
+    model = make([4, 6, 9])
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    assert list(shapes) == KEYS
+    assert shapes["encode.q_layers.linear_0.weight"] == (6, 9)
+    assert shapes["encode.q_layers.linear_1.weight"] == (8 if make is MultiVAE else 4, 6)
+    assert shapes["decode.p_layers.linear_1.weight"] == (9, 6)
+    row_major = {key: t.contiguous() + 1 for key, t in model.state_dict().items()}
+    model.load_state_dict(row_major)
+    for same in (model, copy.deepcopy(model), model.double().float()):
+        first = same.encode.q_layers.linear_0.weight
+        assert first.t().is_contiguous() and torch.equal(first, row_major[KEYS[0]])
+    model.loss(random_clicks([2, 3], 9)).backward()
+    first = model.encode.q_layers.linear_0.weight
+    assert first.grad.stride() == first.stride()
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_initial_weights(make):
+    torch.manual_seed(0)
+    model = make([20, 60, 500])
+    bound = math.sqrt(6 / 560)
+    weight = model.encode.q_layers.linear_0.weight.detach()
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(
+        bound / math.sqrt(3), rel=0.05
+    )
+    assert model.decode.p_layers.linear_1.bias.std().item() == pytest.approx(0.001, rel=0.2)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize(
+    "p_dims", [[4, 9], [4, 6, 9], [4, 5, 6, 9]], ids=["no-hidden", "one", "two"]
+)
+def test_clicks_and_dense_give_the_same_logits_as_the_reference(make, p_dims):
+    model, dense = pair(p_dims, make is MultiVAE)
+    clicks = random_clicks([3, 0, 9], 9, counts=True)
+    model.eval(), dense.eval()
+    outputs = [
+        f(x) for f, x in ((model, clicks), (model, clicks.to_dense()), (dense, clicks.to_dense()))
+    ]
+    for outs in zip(*outputs, strict=True) if make is MultiVAE else [outputs]:
+        torch.testing.assert_close(outs[0], outs[2])
+        torch.testing.assert_close(outs[1], outs[2])
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize(
+    "p_dims", [[4, 9], [4, 6, 9], [4, 5, 6, 9]], ids=["no-hidden", "one", "two"]
+)
+def test_loss_and_every_gradient_equal_the_reference(make, p_dims):
+    model, dense = pair(p_dims, make is MultiVAE)
+    truth = copy.deepcopy(dense).double()
+    clicks = random_clicks([3, 0, 9, 5], 9, counts=True).rows([3, 1, 0, 3, 2])
+    losses = []
+    for module, loss in ((model, type(model).loss), (dense, dense_loss), (truth, dense_loss)):
+        torch.manual_seed(1)
+        losses.append(loss(module, clicks, 0.3))
+        losses[-1].backward()
+    assert_as_accurate_as_torch(*losses)
+    for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_hundred_optimiser_steps_stay_with_the_reference(make):
+    model, dense = pair([8, 16, 120], make is MultiVAE)
+    clicks = random_clicks([5, 0, 30, 12] * 16, 120)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (model, dense)]
+    for step in range(100):
+        ids = torch.randperm(64, generator=torch.Generator().manual_seed(step))[:20]
+        for module, loss, optimizer in zip(
+            (model, dense), (type(model).loss, dense_loss), optimizers, strict=True
+        ):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss(module, clicks.rows(ids), 0.2).backward()
+            optimizer.step()
+    start = pair([8, 16, 120], make is MultiVAE)[0]
+    for (name, p), q, s in zip(
+        model.named_parameters(), dense.parameters(), start.parameters(), strict=True
+    ):
+        assert (p - q).norm() <= 1e-4 * q.norm(), name
+        assert (p - s).norm() > 1e-2 * s.norm(), f"{name} was trained"
+
+
+def test_normalize_by_clicks():
+    model, _ = pair([4, 6, 9])
+    clicks = random_clicks([3, 0, 9], 9, counts=True)
+    torch.manual_seed(0)
+    nll, kld = model.loss_terms(clicks)
+    torch.manual_seed(0)
+    by_clicks = model.loss(clicks, 0.5, normalize="clicks")
+    n = clicks.row_sums()
+    expected = sum((nll[u] + 0.5 * kld[u]) / n[u] for u in (0, 2)) / 3
+    assert by_clicks.item() == pytest.approx(expected.item())
+
+
+def test_latent_is_sampled_in_training_only():
+    model = MultiVAE([1, 4], dropout_enc=[0.0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.encode.q_layers.linear_0.bias[1] = 2.0  # logvar: std is e, not e^2
+        model.decode.p_layers.linear_0.weight[0] = 1.0
+        clicks = Clicks(torch.arange(100_001), torch.zeros(100_000, dtype=torch.int64), n_items=4)
+        z = model(clicks)[0][:, 0]
+        assert z.std().item() == pytest.approx(math.e, rel=0.02)
+        assert z.mean().item() == pytest.approx(0.0, abs=0.05)
+        model.eval()
+        assert torch.equal(model(clicks)[0], model(clicks)[0]) and (model(clicks)[0] == 0).all()
+
+
+def test_dropout_changes_between_steps_and_is_off_in_evaluation():
+    model, clicks = MultiDAE([4, 6, 30]), random_clicks([20] * 3, 30)
+    assert not torch.equal(model(clicks), model(clicks))
+    model.eval()
+    assert torch.equal(model(clicks), model(clicks))
+
+
+class QuirkOfTheOriginal(torch.nn.Module):
+    """The public code's stack: children in order dropout, linear, ...; tanh after each but the last."""
+
+    def __init__(self, linears, dropout, tanh_last=False):
+        super().__init__()
+        self.linears, self.dropout, self.tanh_last = linears, dropout, tanh_last
+
+    def forward(self, h):
+        for n, (linear, p) in enumerate(zip(self.linears, self.dropout, strict=True)):
+            h = torch.tanh(F.dropout(h, p, self.training))
+            h = linear(h)
+            if n < len(self.linears) - 1 or self.tanh_last:
+                h = torch.tanh(h)
+        return h
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_tanh_after_dropout_gives_the_logits_of_the_original_code(make):
+    torch.manual_seed(0)
+    model = make([4, 6, 9], tanh_after_dropout=True).eval()
+    clicks = random_clicks([3, 0, 9], 9)
+    q, p = model.encode.q_layers, model.decode.p_layers
+    encoder = QuirkOfTheOriginal([q.linear_0, q.linear_1], [0.5, 0.0], make is MultiDAE).eval()
+    decoder = QuirkOfTheOriginal([p.linear_0, p.linear_1], [0.0, 0.0]).eval()
+    z = encoder(F.normalize(clicks.to_dense()))[:, :4]
+    for x in (clicks, clicks.to_dense()):
+        out = model(x)
+        torch.testing.assert_close(out[0] if make is MultiVAE else out, decoder(z))
+    model.loss(clicks, 0.1).backward()
+    plain = make([4, 6, 9]).eval()
+    plain.load_state_dict(model.state_dict())
+    assert plain.loss(clicks).item() != pytest.approx(model.loss(clicks).item())
+
+
+def test_vae_loss_fn_dense_and_clicks():
+    model, _ = pair([4, 6, 9])
+    clicks = random_clicks([3, 0, 9], 9, counts=True)
+    x = clicks.to_dense()
+    out, mu, logvar = model.eval()(x)
+    truth = (reference.multinomial_nll(out, x) + 0.3 * reference.kld(mu, logvar)).mean()
+    for inp in (x, clicks):
+        assert vae_loss_fn(inp, out, mu, logvar, 0.3).item() == pytest.approx(truth.item())
+    mu, logvar = torch.ones(1, 200), torch.zeros(1, 200)
+    assert vae_loss_fn(torch.zeros(1, 3), torch.zeros(1, 3), mu, logvar, 1.0).item() == 100.0
+
+
+def test_bf16_autocast_is_close_and_finite():
+    model, _ = pair([8, 16, 300])
+    clicks = random_clicks([30] * 20, 300)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(clicks, 0.2)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(model.loss(clicks, 0.2).item(), rel=1e-3)
+    assert all(
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([9],), "MultiVAE: p_dims must be at least two widths above 0, got [9]"),
+        (([4, 0, 9],), "MultiVAE: p_dims must be at least two widths above 0, got [4, 0, 9]"),
+        (([4, 6, 9], [0.5]), "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]"),
+        (([4, 6, 9], [0.5, 2]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got [0.5, 2.0]"),
+        (([4, 6, 9], None, [0.0]), "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]"),
+        (([4, 6, 9], None, None, [8, 6, 4]), "MultiVAE: q_dims must start with the 9 items of p_dims, got [8, 6, 4]"),
+        (([4, 6, 9], None, None, [9, 6, 3]), "MultiVAE: q_dims must end with the 4 latents of p_dims, got [9, 6, 3]"),
+    ],
+)  # fmt: skip
+def test_bad_widths_and_dropouts_are_named(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        MultiVAE(*arguments)
+    assert str(caught.value) == message
+
+
+def test_bad_input_is_named():
+    model, clicks = MultiVAE([4, 6, 9]), random_clicks([2], 8)
+    for call, error, message in [
+        (lambda: model([[1.0]]), TypeError, "MultiVAE: x must be a dense tensor or Clicks, got list; pass Clicks.from_matrix(x)"),
+        (lambda: model(clicks), ValueError, "MultiVAE: x must have shape [any, 9], got [1, 8]"),
+        (lambda: model(torch.ones(9)), ValueError, "MultiVAE: x must have shape [any, 9], got [9]"),
+        (lambda: model.loss(torch.ones(2, 9)), TypeError, "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
+        (lambda: model.loss(clicks, normalize="user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
+    ]:  # fmt: skip
+        with pytest.raises(error) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+def test_a_batch_without_users():
+    model = MultiVAE([4, 6, 9])
+    loss = model.loss(random_clicks([], 9), 0.1)
+    loss.backward()
+    assert loss.item() == 0.0
