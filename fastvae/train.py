@@ -1,0 +1,519 @@
+"""fit(): the training loop with KL annealing, validation, early stopping, checkpoints and exact resume.
+
+    beta(update) = min(anneal_cap, update / total_anneal_steps)     update counted from 0
+
+Every random draw of an epoch (order of users, dropout, noise) follows from the seed and the epoch's number, so a resumed
+run repeats an uninterrupted one bit for bit on a CPU. A run folder holds tensors and JSON only:
+
+    config.json    settings, model, data             metrics.jsonl  a line per epoch
+    best.pt        best validation NDCG@100          last.pt        where to resume
+    curve.png      loss and NDCG@100 by epoch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._files import write_text
+from .checkpoint import read_checkpoint, write_checkpoint
+from .clicks import Clicks
+from .evaluate import evaluate
+from .models import NORMALIZE, MultiDAE, MultiVAE
+
+METRIC = "ndcg@100"  # decides which epoch is best
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
+    """Weight of the kld at an update counted from 0: linear up to the cap; constant where total_anneal_steps is 0.
+
+    >>> beta_at(0, 0.2, 200_000), beta_at(20_000, 0.2, 200_000), beta_at(40_000, 0.2, 200_000), beta_at(0, 0.2, 0)
+    (0.0, 0.1, 0.2, 0.2)
+    """
+    return min(anneal_cap, update / total_anneal_steps) if total_anneal_steps > 0 else anneal_cap
+
+
+@dataclass
+class FitResult:
+    """What fit() returns: the epochs' metrics, and the best epoch (counted from 1) with its NDCG@100.
+
+    best_epoch is the last epoch and best_metric is nan where there was no validation.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_metric: float = math.nan
+
+
+@dataclass(frozen=True)
+class _Settings:
+    batch_size: int
+    lr: float
+    anneal_cap: float
+    total_anneal_steps: int
+    normalize: str
+    precision: str
+    seed: int
+
+
+def fit(
+    model: MultiVAE | MultiDAE,
+    train: Clicks,
+    validation: tuple[Clicks, Clicks] | None = None,
+    *,
+    epochs: int = 200,
+    batch_size: int = 500,
+    lr: float = 1e-3,
+    anneal_cap: float = 0.2,
+    total_anneal_steps: int = 200_000,
+    patience: int | None = None,
+    normalize: str = "none",
+    precision: str = "fp32",
+    seed: int = 0,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    items: Sequence[str] | None = None,
+    progress: bool = False,
+) -> FitResult:
+    """Train a model in place; afterwards it holds the weights of the best validation epoch.
+
+    >>> train = Clicks.from_pairs([0, 0, 1, 1], [0, 1, 1, 2])
+    >>> fit(MultiVAE([2, 4, 3]), train, epochs=3).best_epoch
+    3
+
+    train       [n_users, n_items]; every user is seen exactly once an epoch, a last partial batch included
+    validation  (fold_in, held_out), NDCG@100 after each epoch; None: no validation, the last epoch is the best
+    epochs      passes over the users in all, those before a resume included
+    batch_size  users per update
+    lr          learning rate of Adam
+    anneal_cap, total_anneal_steps  see beta_at; total_anneal_steps 0 keeps beta at anneal_cap
+    patience    stop after so many epochs without a better NDCG@100; None: never
+    normalize   "none" or "clicks", see model.loss
+    precision   "fp32"; "bf16": products in bf16, weights and sums in fp32; "tf32": on a GPU
+    seed        of the order of users, dropout and noise (not of the model's initial weights)
+    run_dir     run folder to write, or None
+    resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
+    items       external item ids [n_items] to keep with the checkpoints
+    progress    show a progress bar (extra cli)
+
+    Raises: ValueError for settings that do not fit, RuntimeError where the loss is not finite; the last good checkpoint
+    is named. KeyboardInterrupt: last.pt holds the update reached.
+    Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
+    """
+    settings = _Settings(batch_size, lr, anneal_cap, total_anneal_steps, normalize, precision, seed)
+    _check_fit(model, train, validation, settings, epochs, patience, items)
+    device = next(model.parameters()).device
+    train = train.to(device)
+    if validation is not None:
+        validation = (validation[0].to(device), validation[1].to(device))
+    run = _Run(run_dir, model, settings, train.n_users, items)
+    run.check_resume() if resume else run.start()
+    trainer = _Trainer(model, train, validation, settings, run)
+    if resume:
+        trainer.restore()
+    with _Bar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
+        trainer.run_epochs(epochs, patience, bar, interrupted)
+    trainer.finish()
+    return trainer.result
+
+
+class _Trainer:
+    """The state of a run: model, optimiser, position, best epoch."""
+
+    def __init__(self, model, train, validation, settings: _Settings, run: _Run):
+        self.model, self.train, self.validation = model, train, validation
+        self.settings, self.run = settings, run
+        self.optimizer = _Adam(model, settings.lr)
+        self.result = FitResult()
+        self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
+        self.beta = 0.0  # of the latest update
+        self.sums = torch.zeros(2, dtype=torch.float64)  # nll, kld over the users of this epoch
+        self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def run_epochs(self, epochs: int, patience: int | None, bar: _Bar, interrupted) -> None:
+        while self.epoch < epochs and not self._out_of_patience(patience):
+            whole = self._run_epoch(epochs, bar, interrupted)
+            self.save_last()
+            if not whole or interrupted():
+                raise KeyboardInterrupt(self.run.interrupt_message(self.epoch, self.batch))
+            bar.epoch_done(self.result, epochs)
+
+    def _out_of_patience(self, patience: int | None) -> bool:
+        return patience is not None and self.epoch - self.result.best_epoch >= patience
+
+    def _run_epoch(self, epochs: int, bar: _Bar, interrupted) -> bool:
+        """Train an epoch from where it stands; False where it was interrupted before its end."""
+        begin, started = self.batch, time.perf_counter()
+        order_seed, draw_seed = np.random.SeedSequence(
+            [self.settings.seed, self.epoch]
+        ).generate_state(2)
+        generator = torch.Generator().manual_seed(int(order_seed))
+        batches = torch.randperm(self.train.n_users, generator=generator).split(
+            self.settings.batch_size
+        )
+        device = self.train.device
+        self.model.train()
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _matmul_precision(self.settings.precision),
+        ):
+            torch.manual_seed(int(draw_seed))
+            if self.rng is not None:
+                _set_rng(device, self.rng)
+            for ids in batches[begin:]:
+                self._step(ids)
+                bar.batch_done(self, epochs, len(ids))
+                if interrupted() and self.batch < len(batches):
+                    self.rng = _get_rng(device)
+                    return False
+        n_users = sum(len(ids) for ids in batches[begin:])
+        self._end_epoch(n_users / max(time.perf_counter() - started, 1e-9))
+        return True
+
+    def _step(self, ids: Tensor) -> None:
+        s = self.settings
+        self.beta = beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
+        clicks = self.train.rows(ids)
+        with torch.autocast(clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+            nll, kld = self.model.loss_terms(clicks, s.normalize)
+        loss = (nll + beta * kld).mean()
+        sums = torch.stack((nll.detach().double().sum(), kld.detach().double().sum())).cpu()
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"fit: loss must be finite, got {loss.item()} at update {self.update} "
+                f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {self.run.advice()}"
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.sums += sums
+        self.update += 1
+        self.batch += 1
+
+    def _end_epoch(self, users_per_second: float) -> None:
+        self.epoch += 1
+        self.batch, self.rng = 0, None
+        nll, kld = (self.sums / self.train.n_users).tolist()
+        self.sums.zero_()
+        row = {
+            "epoch": self.epoch, "update": self.update, "loss": nll + self.beta * kld, "nll": nll,
+            "kld": kld, "beta": self.beta, "users_per_second": round(users_per_second, 1),
+        }  # fmt: skip
+        if self.validation is not None:
+            fold_in, held_out = self.validation
+            row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
+        self.result.history.append(row)
+        self.run.append_metrics(row)
+        metric = row.get(METRIC, math.nan)
+        if self.result.best_epoch == 0 or not metric <= self.result.best_metric:
+            self.result.best_epoch, self.result.best_metric = self.epoch, metric
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        if self.run.folder is not None:
+            write_checkpoint(self.run.folder / "best.pt", self.model, self.run.items)
+        elif self.validation is not None:
+            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def finish(self) -> None:
+        """Give the model the best epoch's weights, and draw the curve."""
+        if self.run.folder is not None:
+            if self.result.best_epoch:
+                self.best_weights = read_checkpoint(self.run.folder / "best.pt")["model"]
+            self.run.draw_curve(self.result.history)
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+
+    def save_last(self) -> None:
+        """Write last.pt: all that a resume needs."""
+        if self.run.folder is None:
+            return
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.adam.state_dict(),
+            "position": [self.epoch, self.batch, self.update],
+            "sums": self.sums,
+            "history": json.dumps(self.result.history),
+            "best": [self.result.best_epoch, self.result.best_metric],
+            "rng": self.rng,
+        }
+        write_checkpoint(self.run.folder / "last.pt", self.model, self.run.items, **state)
+
+    def restore(self) -> None:
+        """Take up the state of last.pt."""
+        assert self.run.folder is not None
+        state = read_checkpoint(self.run.folder / "last.pt")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.adam.load_state_dict(state["optimizer"])
+        self.epoch, self.batch, self.update = state["position"]
+        self.sums, self.rng = state["sums"], state["rng"]
+        self.result.history = json.loads(state["history"])
+        self.result.best_epoch, self.result.best_metric = state["best"]
+        self.run.rewrite_metrics(self.result.history)
+
+
+class _Adam:
+    """torch's fused Adam over contiguous views: it copies a weight stored item-major to and fro otherwise (35 ms)."""
+
+    def __init__(self, model: nn.Module, lr: float):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.views = [nn.Parameter(_row_major(p.detach())) for p in self.parameters]
+        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True)
+
+    def step(self) -> None:
+        for p, view in zip(self.parameters, self.views, strict=True):
+            view.grad = None if p.grad is None else _row_major(p.grad)
+            p.grad = None
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+def _row_major(t: Tensor) -> Tensor:
+    return t.t() if t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous() else t
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _get_rng(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state.cpu())
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[Any]:
+    """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set  # signals reach the main thread only
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*_):
+        flag.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """The run folder: config.json, metrics.jsonl, curve.png, and the advice of messages; folder may be None."""
+
+    def __init__(self, folder, model, settings: _Settings, n_users: int, items):
+        self.folder = None if folder is None else Path(folder)
+        self.items = items
+        self.config = {
+            "model": type(model).__name__,
+            **model.config(),
+            "n_users": n_users,
+            **asdict(settings),
+        }
+
+    def start(self) -> None:
+        """Make the folder; it must not hold a run already."""
+        if self.folder is None:
+            return
+        if (self.folder / "last.pt").exists():
+            raise ValueError(
+                f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
+                "resume that run or name another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        self.rewrite_metrics([])
+
+    def check_resume(self) -> None:
+        """ValueError unless the folder holds a run of the same settings."""
+        if self.folder is None:
+            raise ValueError("fit: run_dir must be given to resume, got None")
+        path = self.folder / "config.json"
+        if not path.exists() or not (self.folder / "last.pt").exists():
+            raise ValueError(
+                f"fit: run_dir must hold a run to resume, got {self.folder}; train without resume first"
+            )
+        then = json.loads(path.read_text())
+        for name, value in self.config.items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
+                )
+
+    def advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        if self.folder is None or not (self.folder / "last.pt").exists():
+            return "lower lr"
+        return f"lower lr; the last good checkpoint is {self.folder / 'last.pt'}"
+
+    def interrupt_message(self, epoch: int, batch: int) -> str:
+        """Where an interrupted run stands."""
+        where = f"after {epoch} epochs" + (f" and {batch} batches" if batch else "")
+        if self.folder is None:
+            return f"stopped {where}"
+        return f"stopped {where}; saved in {self.folder / 'last.pt'}, resume to go on"
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+        if self.folder is not None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
+        """All lines anew: a kill between a line and its checkpoint leaves one too many."""
+        if self.folder is not None:
+            text = "".join(json.dumps(row) + "\n" for row in history)
+            write_text(self.folder / "metrics.jsonl", text)
+
+    def draw_curve(self, history: list[dict[str, Any]]) -> None:
+        """Write curve.png, where matplotlib (extra cli) is there."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        if self.folder is None or not history:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        epoch = [row["epoch"] for row in history]
+        axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
+        axis.set(xlabel="epoch", title=f"{self.config['model']}, {self.folder.name}")
+        axis.set_ylabel("training loss (nats per user)", color="tab:blue")
+        if METRIC in history[0]:
+            right = axis.twinx()
+            right.plot(epoch, [row[METRIC] for row in history], color="tab:orange", marker=".")
+            right.set_ylabel("validation NDCG@100", color="tab:orange")
+        figure.savefig(self.folder / "curve.png", dpi=120)
+
+
+class _Bar:
+    """Progress on stderr: a live bar with ETA, and a line per epoch; nothing where progress is off."""
+
+    def __init__(self, shown: bool, epochs: int, n_users: int):
+        self.progress = None
+        if not shown:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError:
+            raise ValueError(
+                "fit: progress must be False without rich; pip install 'fastvae-cf[cli]'"
+            ) from None
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task("", total=epochs * n_users, epoch="", state="")
+        self.metric, self.started, self.seen = "", time.perf_counter(), 0
+
+    def __enter__(self) -> _Bar:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def batch_done(self, trainer: _Trainer, epochs: int, n_users: int) -> None:
+        """Move the bar on by a batch."""
+        if self.progress is None:
+            return
+        self.seen += n_users
+        users = min(trainer.batch * trainer.settings.batch_size, trainer.train.n_users)
+        nll, kld = (trainer.sums / users).tolist()
+        rate = self.seen / (time.perf_counter() - self.started)
+        state = f"loss {nll + trainer.beta * kld:.2f}  nll {nll:.2f}  kld {kld:.2f}  beta {trainer.beta:.3f}  {self.metric}{rate:,.0f} users/s"
+        done = trainer.epoch * trainer.train.n_users + users
+        self.progress.update(
+            self.task, completed=done, epoch=f"{trainer.epoch + 1}/{epochs}", state=state
+        )
+
+    def epoch_done(self, result: FitResult, epochs: int) -> None:
+        """Print the epoch's line."""
+        if self.progress is None:
+            return
+        row = result.history[-1]
+        if METRIC in row:
+            best = "  best" if result.best_epoch == row["epoch"] else ""
+            self.metric = f"NDCG@100 {row[METRIC]:.4f}  "
+        else:
+            best = ""
+        self.progress.console.print(
+            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.2f}  nll {row['nll']:.2f}  "
+            f"kld {row['kld']:.2f}  beta {row['beta']:.3f}  {self.metric}"
+            f"{row['users_per_second']:,.0f} users/s{best}",
+            highlight=False,
+        )
+
+
+def _check_fit(model, train, validation, settings: _Settings, epochs, patience, items) -> None:
+    if not isinstance(train, Clicks):
+        got = type(train).__name__
+        raise TypeError(f"fit: train must be Clicks, got {got}; pass Clicks.from_matrix(x)")
+    for name, clicks in (
+        ("train", train),
+        *zip(("fold_in", "held_out"), validation or (), strict=False),
+    ):
+        if clicks.n_items != model.n_items:
+            raise ValueError(
+                f"fit: {name} must have the model's {model.n_items} items, got {clicks.n_items}"
+            )
+    if train.n_users == 0:
+        raise ValueError("fit: train must have at least one user, got 0")
+    if items is not None and len(items) != model.n_items:
+        raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    allowed = [p for p in PRECISIONS if p != "tf32" or not on_cpu]
+    s = settings
+    rules = (
+        ("epochs", epochs, epochs >= 0, "be at least 0"),
+        ("batch_size", s.batch_size, s.batch_size >= 1, "be at least 1"),
+        ("lr", s.lr, 0 < s.lr < math.inf, "be above 0"),
+        ("anneal_cap", s.anneal_cap, 0 <= s.anneal_cap < math.inf, "be at least 0"),
+        ("total_anneal_steps", s.total_anneal_steps, s.total_anneal_steps >= 0, "be at least 0"),
+        ("patience", patience, patience is None or patience >= 1, "be at least 1"),
+        ("normalize", s.normalize, s.normalize in NORMALIZE, f"be one of {', '.join(NORMALIZE)}"),
+        ("precision", s.precision, s.precision in allowed, f"be one of {', '.join(allowed)}"),
+    )
+    for name, value, fits, expected in rules:
+        if not fits:
+            raise ValueError(f"fit: {name} must {expected}, got {value}")
+    if validation is not None:
+        both = (validation[0].row_lengths() > 0) & (validation[1].row_lengths() > 0)
+        if not both.any():
+            raise ValueError(
+                "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
+            )

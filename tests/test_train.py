@@ -1,0 +1,308 @@
+"""fit(): who is seen when, annealing, early stopping, run folder, exact resume, interruption."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_clicks
+
+from fastvae import Clicks, MultiDAE, MultiVAE, evaluate, fit
+from fastvae.checkpoint import load_model, read_checkpoint
+from fastvae.train import beta_at
+
+N_ITEMS = 40
+
+
+def learnable(n_users=120, seed=0):
+    """Users of one of two tastes, split into train and (fold_in, held_out)."""
+    rng = np.random.default_rng(seed)
+    rows = [np.sort(rng.choice(20, 8, replace=False)) + 20 * (u % 2) for u in range(n_users)]
+
+    def clicks(rows):
+        indptr = np.concatenate(([0], np.cumsum([len(r) for r in rows])))
+        return Clicks(indptr, np.concatenate(rows), n_items=N_ITEMS)
+
+    held = rows[100:]
+    return clicks(rows[:100]), (clicks([r[::2] for r in held]), clicks([r[1::2] for r in held]))
+
+
+def model(seed=0, make=MultiVAE):
+    torch.manual_seed(seed)
+    return make([8, 16, N_ITEMS])
+
+
+def weights(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("update", "cap", "total", "beta"),
+    [
+        pytest.param(0, 0.2, 200_000, 0.0, id="starts-at-zero"),
+        pytest.param(20_000, 0.2, 200_000, 0.1, id="half-way"),
+        pytest.param(40_000, 0.2, 200_000, 0.2, id="the-papers-code"),
+        pytest.param(10**9, 0.2, 200_000, 0.2, id="capped"),
+        pytest.param(0, 0.2, 0, 0.2, id="no-annealing-is-constant"),
+        pytest.param(0, 0.0, 0, 0.0, id="constant-zero"),
+    ],
+)
+def test_beta(update, cap, total, beta):
+    assert beta_at(update, cap, total) == beta
+
+
+@pytest.mark.parametrize(
+    ("n_users", "batch_size", "sizes"),
+    [
+        pytest.param(99, 100, [99], id="fewer-users-than-a-batch"),
+        pytest.param(101, 50, [50, 50, 1], id="last-batch-of-one"),
+        pytest.param(100, 50, [50, 50], id="exact"),
+    ],
+)
+def test_every_user_once_an_epoch_in_another_order(n_users, batch_size, sizes, monkeypatch):
+    seen = []
+    rows = Clicks.rows
+    monkeypatch.setattr(
+        Clicks, "rows", lambda self, ids: seen.append(ids.tolist()) or rows(self, ids)
+    )
+    result = fit(model(), random_clicks([3] * n_users, N_ITEMS), epochs=2, batch_size=batch_size)
+    assert [len(ids) for ids in seen] == sizes * 2
+    one, two = (list(itertools.chain(*half)) for half in (seen[: len(sizes)], seen[len(sizes) :]))
+    assert sorted(one) == sorted(two) == list(range(n_users)) and one != two
+    assert result.history[-1]["update"] == 2 * len(sizes)
+    assert math.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_learns(make, precision):
+    train, validation = learnable()
+    net = model(make=make)
+    before = evaluate(net, *validation)["ndcg@100"]
+    result = fit(net, train, validation, epochs=30, batch_size=20, lr=1e-2, precision=precision)
+    losses = [row["loss"] for row in result.history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert result.best_metric > before + 0.1
+    assert evaluate(net, *validation)["ndcg@100"] == result.best_metric
+    assert (result.history[-1]["kld"] > 0) == (make is MultiVAE)
+    assert next(net.parameters()).dtype == torch.float32
+
+
+def test_same_seed_same_weights_whatever_was_drawn_before():
+    train, validation = learnable()
+    nets = [model(), model(), model()]
+    for net, seed, draws in zip(nets, (3, 3, 4), (0, 7, 0), strict=True):
+        torch.rand(draws)
+        state = torch.get_rng_state()
+        fit(net, train, validation, epochs=2, batch_size=30, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state), "fit leaves the caller's generator alone"
+    assert_equal_weights(weights(nets[0]), weights(nets[1]))
+    assert not torch.equal(*(net.decode.output.weight for net in nets[1:]))
+
+
+def forced_metrics(monkeypatch, values):
+    """Let validation return these values, and record the weights at each."""
+    import fastvae.train
+
+    seen, values = [], iter(values)
+
+    def fake(net, *_, **__):
+        seen.append(weights(net))
+        return {"ndcg@100": next(values)}
+
+    monkeypatch.setattr(fastvae.train, "evaluate", fake)
+    return seen
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_early_stopping_returns_the_best_weights(monkeypatch, tmp_path, in_folder):
+    seen = forced_metrics(monkeypatch, [0.1, 0.5, 0.4, 0.3])
+    train, validation = learnable()
+    net = model()
+    run_dir = tmp_path / "run" if in_folder else None
+    result = fit(net, train, validation, epochs=50, patience=2, run_dir=run_dir)
+    assert (result.best_epoch, result.best_metric, len(result.history)) == (2, 0.5, 4)
+    assert_equal_weights(weights(net), seen[1])
+
+
+def test_a_metric_of_zero_still_saves_the_first_epoch(monkeypatch, tmp_path):
+    seen = forced_metrics(monkeypatch, [0.0, 0.0])
+    train, validation = learnable()
+    result = fit(model(), train, validation, epochs=2, run_dir=tmp_path / "run")
+    assert result.best_epoch == 1
+    best, _ = load_model(tmp_path / "run" / "best.pt")
+    assert_equal_weights(weights(best), seen[0])
+
+
+def test_run_folder(tmp_path):
+    train, validation = learnable()
+    items = [f"item {i}" for i in range(N_ITEMS)]
+    net, run = model(), tmp_path / "run"
+    result = fit(net, train, validation, epochs=3, run_dir=run, items=items)
+    names = {"config.json", "metrics.jsonl", "best.pt", "last.pt", "curve.png"}
+    assert {path.name for path in run.iterdir()} == names
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history and [line["epoch"] for line in lines] == [1, 2, 3]
+    fields = {"epoch", "update", "loss", "nll", "kld", "beta", "users_per_second", "ndcg@100"}
+    assert set(lines[0]) == fields
+    config = json.loads((run / "config.json").read_text())
+    assert config["p_dims"] == [8, 16, N_ITEMS] and config["batch_size"] == 500
+    assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    best, ids = load_model(run / "best.pt")
+    assert ids == items and not best.training
+    assert_equal_weights(weights(best), weights(net))
+    # tensors and JSON only: torch itself refuses anything else with weights_only
+    assert set(torch.load(run / "best.pt", weights_only=True)) == {"meta", "model"}
+    with pytest.raises(ValueError, match="run_dir must be a new folder"):
+        fit(net, train, validation, epochs=3, run_dir=run)
+
+
+@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
+def test_resume_is_bit_for_bit_the_uninterrupted_run(tmp_path, make):
+    train, validation = learnable()
+    options = {"batch_size": 30, "lr": 1e-2, "total_anneal_steps": 50, "seed": 5}
+    straight, halves = model(make=make), model(make=make)
+    one = fit(straight, train, validation, epochs=4, run_dir=tmp_path / "a", **options)
+    fit(halves, train, validation, epochs=2, run_dir=tmp_path / "b", **options)
+    fresh = model(seed=99, make=make)
+    two = fit(fresh, train, validation, epochs=4, run_dir=tmp_path / "b", resume=True, **options)
+    assert_equal_weights(weights(straight), weights(fresh))
+    for name in ("beta", "loss", "ndcg@100", "update"):
+        assert [row[name] for row in one.history] == [row[name] for row in two.history]
+    assert (one.best_epoch, one.best_metric) == (two.best_epoch, two.best_metric)
+    last = [read_checkpoint(tmp_path / run / "last.pt") for run in "ab"]
+    assert_equal_weights(last[0]["model"], last[1]["model"])
+    for a, b in zip(*(part["optimizer"]["state"].values() for part in last), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    # a finished run has nothing left to do
+    again = fit(fresh, train, validation, epochs=4, run_dir=tmp_path / "b", resume=True, **options)
+    assert again.history == two.history
+    assert_equal_weights(weights(straight), weights(fresh))
+
+
+def test_an_interrupted_epoch_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    train, validation = learnable()
+    options = {"batch_size": 10, "epochs": 3, "total_anneal_steps": 50}
+    straight, stopped = model(), model()
+    one = fit(straight, train, validation, run_dir=tmp_path / "a", **options)
+    terms, calls = MultiVAE.loss_terms, []
+
+    def interrupting(self, *arguments):
+        calls.append(1)
+        if len(calls) == 14:  # the fourth batch of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", interrupting)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(stopped, train, validation, run_dir=tmp_path / "b", **options)
+    assert str(caught.value) == (
+        f"stopped after 1 epochs and 4 batches; saved in {tmp_path / 'b' / 'last.pt'}, resume to go on"
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fresh = model(seed=9)
+    two = fit(fresh, train, validation, run_dir=tmp_path / "b", resume=True, **options)
+    assert [row["loss"] for row in one.history] == [row["loss"] for row in two.history]
+    assert_equal_weights(weights(straight), weights(fresh))
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_train import learnable, model, fit
+train, validation = learnable()
+fit(model(), train, validation, epochs=6, batch_size=10, run_dir={run!r}, resume=sys.argv[1] == "resume")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    train, validation = learnable()
+    straight = model()
+    fit(straight, train, validation, epochs=6, batch_size=10)
+    run, rng = tmp_path / "run", np.random.default_rng(0)
+    script = KILLED.format(tests=os.path.dirname(__file__), run=str(run))
+    kills = 0
+    for attempt in range(20):
+        mode = "resume" if (run / "last.pt").exists() else "start"
+        process = subprocess.Popen([sys.executable, "-c", script, mode], stderr=subprocess.PIPE)
+        while process.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)  # until the run shows its first sign of life
+        if attempt < 4:
+            time.sleep(rng.uniform(0.0, 0.5) + (2.0 if mode == "resume" else 0.0))
+            process.kill()
+        stderr = process.communicate()[1].decode()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, stderr
+        kills += 1
+    assert process.returncode == 0 and kills >= 1
+    resumed, _ = load_model(run / "best.pt")
+    assert_equal_weights(weights(resumed), weights(straight))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
+    train, validation = learnable()
+    net, run = model(), tmp_path / "run"
+    fit(net, train, validation, epochs=1, batch_size=40, run_dir=run)
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["model"]["encode.q_layers.linear_1.bias"][8:] = 200.0  # exp(logvar) overflows
+    torch.save(state, run / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        fit(net, train, validation, epochs=2, batch_size=40, run_dir=run, resume=True)
+    assert str(caught.value) == (
+        "fit: loss must be finite, got nan at update 3 (epoch 2, batch 1); lower lr; "
+        f"the last good checkpoint is {run / 'last.pt'}"
+    )
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"train": np.ones((3, 3))}, TypeError, "fit: train must be Clicks, got ndarray; pass Clicks.from_matrix(x)"),
+        ({"train": random_clicks([2], 5)}, ValueError, "fit: train must have the model's 40 items, got 5"),
+        ({"train": random_clicks([], N_ITEMS)}, ValueError, "fit: train must have at least one user, got 0"),
+        ({"validation": (random_clicks([2], 5), random_clicks([2], 5))}, ValueError, "fit: fold_in must have the model's 40 items, got 5"),
+        ({"validation": (random_clicks([2], N_ITEMS), random_clicks([0], N_ITEMS))}, ValueError, "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"),
+        ({"epochs": -1}, ValueError, "fit: epochs must be at least 0, got -1"),
+        ({"batch_size": 0}, ValueError, "fit: batch_size must be at least 1, got 0"),
+        ({"lr": 0}, ValueError, "fit: lr must be above 0, got 0"),
+        ({"patience": 0}, ValueError, "fit: patience must be at least 1, got 0"),
+        ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got fp16"),
+        ({"normalize": "user"}, ValueError, "fit: normalize must be one of none, clicks, got user"),
+        ({"items": ["a"]}, ValueError, "fit: items must hold 40 ids, got 1"),
+        ({"resume": True}, ValueError, "fit: run_dir must be given to resume, got None"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(change, error, message):
+    with pytest.raises(error) as caught:
+        fit(**({"model": model(), "train": learnable()[0]} | change))
+    assert str(caught.value) == message
+
+
+def test_resume_with_other_settings_or_nothing_to_resume_is_refused(tmp_path):
+    train, _ = learnable()
+    with pytest.raises(ValueError, match="run_dir must hold a run to resume"):
+        fit(model(), train, epochs=1, run_dir=tmp_path / "none", resume=True)
+    fit(model(), train, epochs=1, run_dir=tmp_path / "run", lr=1e-3)
+    with pytest.raises(ValueError) as caught:
+        fit(model(), train, epochs=2, run_dir=tmp_path / "run", lr=1e-2, resume=True)
+    assert str(caught.value) == "fit: lr must be 0.001 as in the run to resume, got 0.01"
+
+
+def test_all_defaults_on_twenty_users():
+    net = model()
+    result = fit(net, random_clicks([5] * 20, N_ITEMS))
+    assert result.best_epoch == 200 and len(result.history) == 200
