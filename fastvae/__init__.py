@@ -1,15 +1,27 @@
 """fastvae: Mult-VAE and Mult-DAE on sparse clicks."""
 
+from .checkpoint import load_model
 from .clicks import Clicks
+from .data import Dataset
+from .evaluate import evaluate, ndcg_at_k, recall_at_k
 from .models import MultiDAE, MultiVAE, vae_loss_fn
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
+from .recommend import recommend
+from .train import fit
 
 __all__ = [
     "Clicks",
+    "Dataset",
     "MultiDAE",
     "MultiVAE",
+    "evaluate",
+    "fit",
     "linear_multinomial_nll",
+    "load_model",
     "multinomial_nll",
+    "ndcg_at_k",
+    "recall_at_k",
+    "recommend",
     "sparse_linear",
     "vae_loss_fn",
 ]

@@ -476,6 +476,7 @@ class _Bar:
             f"kld {row['kld']:.2f}  beta {row['beta']:.3f}  {self.metric}"
             f"{row['users_per_second']:,.0f} users/s{best}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

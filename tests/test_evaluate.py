@@ -1,6 +1,5 @@
 """NDCG@k and Recall@k: numbers worked out by hand, then a slow implementation on random cases."""
 
-import doctest
 import json
 import math
 import subprocess
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-import fastvae.evaluate as module
 from fastvae.clicks import Clicks
 from fastvae.evaluate import Evaluation, Popularity, evaluate, ndcg_at_k, recall_at_k
 from fastvae.models import MultiDAE, MultiVAE
@@ -423,7 +421,3 @@ def test_memory_is_a_few_blocks():
     # dense scores of all users would be 916 MiB; 20,000 users are allowed 1.6 GB
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 700, f"{run.stdout} MiB"
-
-
-def test_examples():
-    assert doctest.testmod(module).failed == 0

@@ -1,7 +1,6 @@
 """Top-k: the order is exact, seen items are gone, and nothing depends on blocks, duplicates or padding."""
 
 import csv
-import doctest
 import json
 import math
 import sys
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-import fastvae.recommend as module
 from fastvae.clicks import Clicks
+from fastvae.export import write_recommendations
 from fastvae.models import MultiDAE, MultiVAE
 from fastvae.recommend import (
     GROUP,
@@ -26,7 +25,6 @@ from fastvae.recommend import (
     recommend,
     recommend_blocks,
     top_k,
-    write_recommendations,
 )
 
 INF = float("inf")
@@ -511,6 +509,12 @@ def test_missing_folder(found, tmp_path):
         write_recommendations(tmp_path / "no" / "top.csv", USERS, found)
 
 
+def test_no_users_give_a_file_without_rows(tmp_path):
+    blocks = recommend_blocks(Fixed(1.0, 2.0), [], items=["a", "b"])
+    assert write_recommendations(tmp_path / "top.csv", [], blocks) == 0
+    assert (tmp_path / "top.csv").read_bytes() == b"user,rank,item,score\r\n"
+
+
 def test_parquet_without_polars(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "polars", None)
     with pytest.raises(ImportError) as raised:
@@ -527,7 +531,3 @@ def test_nothing_warns(tmp_path):
         found = recommend(Fixed(1.0, 2.0), [[], ["a"], ["a", "b"]], k=3, items=["a", "b"])
         for suffix in ("csv", "jsonl"):
             write_recommendations(tmp_path / f"top.{suffix}", "xyz", found)
-
-
-def test_examples():
-    assert doctest.testmod(module).failed == 0

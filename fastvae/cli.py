@@ -1,0 +1,333 @@
+"""The fastvae command: prepare, train, evaluate, recommend, demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint import load_model
+from .clicks import Clicks
+from .data import Dataset, check_writable, map_items, split_dataset
+from .evaluate import METRICS, Evaluation, Popularity, evaluate
+from .events import read_events
+from .export import write_recommendations
+from .models import MultiDAE, MultiVAE
+from .recommend import recommend_blocks
+from .train import fit
+
+app = typer.Typer(
+    name="fastvae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train Mult-VAE and Mult-DAE recommenders on a click log.\n\n"
+    "fastvae prepare clicks.csv data/  then  fastvae train data/ run/  then  "
+    "fastvae evaluate run/ data/  and  fastvae recommend run/ clicks.csv top.csv",
+)
+out, err = Console(), Console(stderr=True)
+DEFAULT_METRICS = list(METRICS)
+
+DatasetArg = Annotated[Path, typer.Argument(help="Dataset folder that fastvae prepare wrote.")]
+RunArg = Annotated[
+    Path, typer.Argument(help="Run folder that fastvae train wrote, or a checkpoint file.")
+]
+UserColumn = Annotated[
+    str | None, typer.Option("--user", help="Column of the user ids.", show_default="guessed")
+]
+ItemColumn = Annotated[
+    str | None, typer.Option("--item", help="Column of the item ids.", show_default="guessed")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
+]
+Quirk = Annotated[
+    bool, typer.Option(help="For a bare state_dict whose code applied tanh after each dropout.")
+]
+
+
+@app.command()
+def prepare(
+    events: Annotated[Path, typer.Argument(help="Click log: CSV, TSV, .inter or Parquet; text may be gzipped.")],
+    folder: Annotated[Path, typer.Argument(help="Dataset folder to write.")],
+    user: UserColumn = None,
+    item: ItemColumn = None,
+    rating: Annotated[str | None, typer.Option(help="Column of the ratings.", show_default="guessed")] = None,
+    min_rating: Annotated[float | None, typer.Option(help="Keep events rated at least this.", show_default="all")] = None,
+    min_user_clicks: Annotated[int, typer.Option(help="Drop users with fewer items.")] = 5,
+    min_item_clicks: Annotated[int, typer.Option(help="Drop items with fewer users, before the users are counted.")] = 0,
+    heldout: Annotated[str, typer.Option(help="Users for validation, and as many for test: a count, or a fraction such as 0.1.")] = "0.1",
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    counts: Annotated[bool, typer.Option("--counts", help="Keep how often a user clicked an item.")] = False,
+    separator: Annotated[str | None, typer.Option(help="Column separator.", show_default="guessed")] = None,
+    header: Annotated[bool | None, typer.Option(help="Whether the first line names the columns.", show_default="guessed")] = None,
+) -> None:  # fmt: skip
+    """Turn a click log into a dataset folder: train, validation and test users, with what was dropped and why."""
+    check_writable(folder)  # before minutes of work
+    log = read_events(
+        events, user, item, rating, min_rating, separator=separator, header=header, counts=counts
+    )
+    dataset = split_dataset(
+        log,
+        _heldout(heldout),
+        seed,
+        min_user_clicks=min_user_clicks,
+        min_item_clicks=min_item_clicks,
+    )
+    dataset.save(folder)
+    show_dataset(dataset)
+    out.print(f"wrote {folder}; next: fastvae train {folder} RUN", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    dataset: DatasetArg,
+    run: Annotated[Path, typer.Argument(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help="vae (Mult-VAE) or dae (Mult-DAE).")] = "vae",
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers from items to latent, such as 600 or 1000,600; none for no hidden layer.")] = "600",
+    latent: Annotated[int, typer.Option(help="Width of the latent layer.")] = 200,
+    dropout: Annotated[float, typer.Option(help="Probability to drop an input click.")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Passes over the users.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Users per update.")] = 500,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    anneal_cap: Annotated[float, typer.Option(help="Largest weight beta of the KL term.")] = 0.2,
+    total_anneal_steps: Annotated[int, typer.Option(help="Updates after which beta would be 1; 0: beta is the cap from the start.")] = 200_000,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better NDCG@100.", show_default="never")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or tf32 on a GPU.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of initial weights, order of users, dropout and noise.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder, with its settings.")] = False,
+    device: Device = None,
+) -> None:  # fmt: skip
+    """Train a model; the run folder gets config, metrics, best and last checkpoint and the learning curve."""
+    data = Dataset.load(dataset)
+    torch.manual_seed(seed)
+    net = _model(model, hidden, latent, dropout, data.n_items).to(_device(device))
+    result = fit(
+        net,
+        data.train,
+        (data.vad_tr, data.vad_te) if len(data.users_vad) else None,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        anneal_cap=anneal_cap,
+        total_anneal_steps=total_anneal_steps,
+        patience=patience,
+        precision=precision,
+        seed=seed,
+        run_dir=run,
+        resume=resume,
+        items=list(data.items),
+        progress=True,
+    )
+    best = f"best epoch {result.best_epoch}" if result.history else "no epoch trained"
+    if len(data.users_vad) and result.history:
+        best += f", validation NDCG@100 {result.best_metric:.4f}"
+    out.print(
+        f"{best}; wrote {run / 'best.pt'} and {run / 'curve.png'}; next: fastvae evaluate {run} {dataset}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: RunArg,
+    dataset: DatasetArg,
+    users: Annotated[str, typer.Option(help="test or vad (validation).")] = "test",
+    metric: Annotated[list[str], typer.Option(help="Such as ndcg@100 or recall@20; may be given several times.")] = DEFAULT_METRICS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    tanh_after_dropout: Quirk = False,
+    device: Device = None,
+) -> None:  # fmt: skip
+    """Measure a model on held-out users, beside the popularity baseline."""
+    if users not in ("test", "vad"):
+        raise ValueError(f"evaluate: users must be test or vad, got {users}")
+    data = Dataset.load(dataset)
+    net, vocabulary = _load(run, tanh_after_dropout)
+    _check_catalogue(run, net.n_items, vocabulary, data.items)
+    parts = (data.test_tr, data.test_te) if users == "test" else (data.vad_tr, data.vad_te)
+    # the checkpoint's order of the items counts, not the dataset's
+    train_clicks, fold_in, held_out = (
+        map_items(x, data.items, vocabulary or data.items)[0] for x in (data.train, *parts)
+    )
+    net = net.to(_device(device))
+    results = {
+        type(net).__name__: evaluate(net, fold_in, held_out, metrics=metric),
+        "popularity": evaluate(Popularity(train_clicks), fold_in, held_out, metrics=metric),
+    }
+    if as_json:
+        print(json.dumps({name: result.to_dict() for name, result in results.items()}))
+    else:
+        show_results(results)
+
+
+@app.command()
+def recommend(
+    run: RunArg,
+    histories: Annotated[Path, typer.Argument(help="Click log of the users to recommend to, or a dataset folder.")],
+    output: Annotated[Path, typer.Argument(help="File to write: .csv, .jsonl or .parquet.")],
+    k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
+    users: Annotated[str, typer.Option(help="Of a dataset folder: train, vad, test (their fold-in clicks) or all.")] = "all",
+    user: UserColumn = None,
+    item: ItemColumn = None,
+    tanh_after_dropout: Quirk = False,
+    device: Device = None,
+) -> None:  # fmt: skip
+    """Write the top k items of each user, best first, with external ids; items of the history are left out."""
+    net, vocabulary = _load(run, tanh_after_dropout)
+    x, user_ids, item_ids = _histories(histories, users, user, item)
+    if vocabulary is None:
+        if not histories.is_dir():
+            raise ValueError(
+                f"recommend: histories must be the dataset folder where {run} does not hold the item ids, "
+                f"got {histories}"
+            )
+        _check_catalogue(run, net.n_items, None, item_ids)
+        vocabulary = list(item_ids)
+    x, n_unknown = map_items(x, item_ids, vocabulary)
+    if n_unknown:
+        err.print(
+            f"{n_unknown:,} clicks on items that the model does not know are ignored",
+            highlight=False,
+        )
+    blocks = recommend_blocks(net.to(_device(device)), x, k, items=vocabulary, keep_seen=keep_seen)
+    n = write_recommendations(output, user_ids, blocks, vocabulary)
+    out.print(f"wrote the top {k} of {n:,} users to {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    events: Annotated[
+        Path | None, typer.Argument(help="Your own click log.", show_default="MovieLens-100K")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the dataset and the run go.")] = Path(
+        "fastvae-demo"
+    ),
+) -> None:
+    """Prepare, train, evaluate and recommend in about a minute, on MovieLens-100K or on your own log."""
+    from .demo import run_demo
+
+    run_demo(events, folder, out)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"fastvae: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        err.print(
+            f"fastvae: {interrupt or 'stopped'}", highlight=False, markup=False, soft_wrap=True
+        )
+        sys.exit(130)
+
+
+def show_dataset(dataset: Dataset) -> None:
+    """Print what became of every event."""
+    table = Table("events", "number", box=None)
+    table.columns[1].justify = "right"
+    for text, n in dataset.report():
+        table.add_row(text, f"{n:,}")
+    out.print(table)
+    sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
+    out.print(
+        "users: {:,} train, {:,} validation, {:,} test; ".format(*sizes)
+        + f"{len(dataset.items):,} items",
+        highlight=False,
+    )
+
+
+def show_results(results: dict[str, Evaluation]) -> None:
+    """Print a table of metrics, a row for each model."""
+    first = next(iter(results.values()))
+    table = Table("", *first.mean)
+    for name, result in results.items():
+        table.add_row(
+            name, *(f"{result.mean[m]:.4f} ± {result.stderr[m]:.4f}" for m in result.mean)
+        )
+    out.print(table)
+    out.print(
+        f"{first.n_evaluated:,} users evaluated, {first.n_skipped:,} skipped", highlight=False
+    )
+
+
+def _heldout(text: str) -> float:
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"prepare: heldout must be a count or a fraction, got {text}") from None
+
+
+def _model(
+    kind: str, hidden: str, latent: int, dropout: float, n_items: int
+) -> MultiVAE | MultiDAE:
+    if kind not in ("vae", "dae"):
+        raise ValueError(f"train: model must be vae or dae, got {kind}")
+    try:
+        widths = [] if hidden == "none" else [int(width) for width in hidden.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"train: hidden must be widths such as 600 or 1000,600, or none, got {hidden}"
+        ) from None
+    p_dims = [latent, *widths[::-1], n_items]
+    dropout_enc = [dropout] + [0.0] * len(widths)
+    return (MultiVAE if kind == "vae" else MultiDAE)(p_dims, dropout_enc)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu where torch finds no GPU, got {name}")
+    return torch.device(name)
+
+
+def _load(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
+    return load_model(run / "best.pt" if run.is_dir() else run, tanh_after_dropout)
+
+
+def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
+    if n_items != len(items):
+        raise ValueError(
+            f"checkpoint has {n_items} items, data has {len(items)}: {run} was trained on other data"
+        )
+    if vocabulary is not None and set(vocabulary) != set(items):
+        other = next(item for item in items if item not in set(vocabulary))
+        raise ValueError(
+            f"checkpoint has other items than the data, which has {other!r}: {run} was trained on other data"
+        )
+
+
+def _histories(
+    path: Path, users: str, user: str | None, item: str | None
+) -> tuple[Clicks, Any, Any]:
+    """Clicks, external user ids and external item ids of a click log or a dataset folder."""
+    if not path.is_dir():
+        log = read_events(path, user, item)
+        return log.x, log.users, log.items
+    data = Dataset.load(path)
+    parts = {
+        "train": (data.train, data.users_train),
+        "vad": (data.vad_tr, data.users_vad),
+        "test": (data.test_tr, data.users_test),
+    }
+    if users != "all" and users not in parts:
+        raise ValueError(f"recommend: users must be train, vad, test or all, got {users}")
+    chosen = list(parts.values()) if users == "all" else [parts[users]]
+    ids = np.concatenate([ids for _, ids in chosen])
+    stacked = sp.vstack([x.to_scipy() for x, _ in chosen], format="csr")
+    return Clicks.from_matrix(stacked), ids, data.items

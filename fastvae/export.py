@@ -1,0 +1,145 @@
+"""Write recommendations with external ids: CSV, JSON lines or Parquet, block by block."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._files import replacing
+from .recommend import Recommendations
+
+_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+def write_recommendations(
+    path: str | os.PathLike[str],
+    user_ids: Sequence[Any],
+    recommendations: Recommendations | Iterable[Recommendations],
+    items: Sequence[str] | None = None,
+    format: str | None = None,
+) -> int:
+    r"""Write recommendations as CSV, JSON lines or Parquet, block by block; returns the number of users.
+
+        csv, parquet  columns user, rank (from 1), item, score: one row per recommended item
+        jsonl         {"user": "u1", "items": ["b", "c"], "scores": [1.5, -0.25]}: one line per user
+
+    >>> import tempfile
+    >>> found = Recommendations(torch.tensor([[1, -1]]), torch.tensor([[0.5, -torch.inf]]), ["a", "b"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "top.jsonl")
+    ...     write_recommendations(path, ["Ann"], found), path.read_text()
+    (1, '{"user": "Ann", "items": ["b"], "scores": [0.5]}\n')
+
+    path             ends in .csv, .jsonl, .ndjson or .parquet where format is None
+    user_ids         external id of each user, in the order of the recommendations; written as text
+    recommendations  what recommend returns, or the blocks of recommend_blocks, written as they come
+    items            external ids by item index; default: the recommendations' vocabulary, else the indices
+    format           "csv", "jsonl" or "parquet" (polars, from the extra cli)
+
+    UTF-8; CSV as in RFC 4180, lines end in CR LF. Scores are written so that they read back as the same fp32.
+    The file appears when it is complete: until then an older one stays. Raises: ValueError for an unknown
+    suffix or format, a missing folder, or a number of user_ids that differs; ImportError without polars.
+    """
+    path = Path(path)
+    format = format or _SUFFIXES.get(path.suffix.lower(), "")
+    writers = {"csv": _write_csv, "jsonl": _write_jsonl, "parquet": _write_parquet}
+    if format not in writers:
+        argument = (
+            f"format must be csv, jsonl or parquet, got {format!r}"
+            if format
+            else f"path must end in .csv, .jsonl or .parquet, got {path.name!r}"
+        )
+        raise ValueError(f"write_recommendations: {argument}")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"write_recommendations: path must lie in an existing folder, got {str(path)!r}; "
+            "create the folder first"
+        )
+    blocks = recommendations
+    if isinstance(blocks, Recommendations):
+        blocks = blocks._split(4096)  # text takes ten times the memory of the tensors
+    users = np.array([*map(str, user_ids), ""], dtype=object)[:-1]
+    with replacing(path) as temporary:
+        writers[format](temporary, _named(blocks, users, items))
+    return len(users)
+
+
+class _Named(NamedTuple):
+    """A block in external ids."""
+
+    users: np.ndarray  # [n_users] str objects
+    items: np.ndarray  # [n_users, k] str objects; "" beyond n_left
+    scores: np.ndarray  # [n_users, k] fp32
+    n_left: np.ndarray  # [n_users] number of recommended items
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """One row per recommended item."""
+        row, column = np.nonzero(np.arange(self.items.shape[1]) < self.n_left[:, None])
+        item, score = self.items[row, column], self.scores[row, column]
+        return {"user": self.users[row], "rank": column + 1, "item": item, "score": score}
+
+
+def _named(
+    blocks: Iterable[Recommendations], users: np.ndarray, items: Sequence[str] | None
+) -> Iterator[_Named]:
+    """Blocks with external ids; raises where they do not have len(users) users in all."""
+    start, vocabulary, names = 0, None, np.array([""], dtype=object)
+    for block in blocks:
+        new = block.vocabulary if items is None else items
+        if new is not vocabulary:
+            vocabulary, names = new, np.array([*map(str, new or ()), ""], dtype=object)
+        index = block.items.numpy()
+        left = index >= 0
+        # without a vocabulary the indices stand for the ids; padding is -1, the "" at the end of names
+        text = np.where(left, index.astype(str), "") if vocabulary is None else names[index]
+        stop = start + len(block)
+        if stop <= len(users):
+            yield _Named(users[start:stop], text, block.scores.numpy(), left.sum(1))
+        start = stop
+    if start != len(users):
+        raise ValueError(
+            f"write_recommendations: user_ids must have {start} ids, one per user, got {len(users)}"
+        )
+
+
+def _write_csv(path: Path, blocks: Iterable[_Named]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "rank", "item", "score"])
+        for block in blocks:
+            columns = block.columns()
+            columns["score"] = columns["score"].astype(str)  # shortest text that is the same fp32
+            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+
+
+def _write_jsonl(path: Path, blocks: Iterable[_Named]) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for block in blocks:
+            scores = block.scores.astype(str).tolist()
+            for u, n in enumerate(block.n_left):
+                line = {"user": block.users[u], "items": block.items[u, :n].tolist()}
+                text = json.dumps(line, ensure_ascii=False)
+                file.write(f'{text[:-1]}, "scores": [{", ".join(scores[u][:n])}]}}\n')
+
+
+def _write_parquet(path: Path, blocks: Iterable[_Named]) -> None:
+    try:
+        import polars as pl
+        from polars.io.plugins import register_io_source
+    except ImportError as error:
+        raise ImportError(
+            "write_recommendations: Parquet needs polars; run pip install 'fastvae-cf[cli]'"
+        ) from error
+    schema = {"user": pl.String, "rank": pl.Int32, "item": pl.String, "score": pl.Float32}
+
+    def frames(*_: Any) -> Iterator[pl.DataFrame]:
+        return (pl.DataFrame(block.columns(), schema=schema) for block in blocks)
+
+    # a lazy source: polars writes each block and lets it go
+    register_io_source(frames, schema=schema).sink_parquet(path)
