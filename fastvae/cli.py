@@ -103,7 +103,7 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better NDCG@100.", show_default="never")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or tf32 on a GPU.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of initial weights, order of users, dropout and noise.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder, with its settings.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder; give the same options again, epochs and patience may differ.")] = False,
     device: Device = None,
 ) -> None:  # fmt: skip
     """Train a model; the run folder gets config, metrics, best and last checkpoint and the learning curve."""
@@ -222,7 +222,7 @@ def demo(
 def main() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
     try:
-        app()
+        app(prog_name="fastvae")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         err.print(f"fastvae: {message}", style="red", highlight=False, markup=False, soft_wrap=True)

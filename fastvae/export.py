@@ -29,7 +29,7 @@ def write_recommendations(
         csv, parquet  columns user, rank (from 1), item, score: one row per recommended item
         jsonl         {"user": "u1", "items": ["b", "c"], "scores": [1.5, -0.25]}: one line per user
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> found = Recommendations(torch.tensor([[1, -1]]), torch.tensor([[0.5, -torch.inf]]), ["a", "b"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "top.jsonl")

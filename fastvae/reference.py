@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clicks import Clicks, gather_rows
+
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -48,6 +50,16 @@ def dropout_keep(seed: Tensor, position: Tensor, dropout: float) -> Tensor:
         )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK_32, (k1 + 0xBB67AE85) & _MASK_32
     return (c0 >> 8) >= round(dropout * 2**24)
+
+
+def dense_keep(clicks: Clicks, seed: Tensor, dropout: float) -> Tensor:
+    """dropout_keep of a batch of clicks as a dense mask, bool [n_users, n_items]; False where there is no click."""
+    _, position = gather_rows(clicks.indptr, clicks.row_ids)
+    batch = clicks.compact()
+    users = torch.repeat_interleave(batch.row_lengths())
+    mask = torch.zeros(batch.shape, dtype=torch.bool, device=clicks.device)
+    mask[users, batch.indices.long()] = dropout_keep(seed, position, dropout)
+    return mask
 
 
 def sparse_linear(

@@ -47,6 +47,15 @@ def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
     return min(anneal_cap, update / total_anneal_steps) if total_anneal_steps > 0 else anneal_cap
 
 
+def epoch_batches(
+    n_users: int, batch_size: int, seed: int, epoch: int
+) -> tuple[tuple[Tensor, ...], int]:
+    """Row ids of an epoch's batches (epoch counted from 0), and the seed of its dropout and noise."""
+    order_seed, draw_seed = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
+    order = torch.randperm(n_users, generator=torch.Generator().manual_seed(order_seed))
+    return order.split(batch_size), draw_seed
+
+
 @dataclass
 class FitResult:
     """What fit() returns: the epochs' metrics, and the best epoch (counted from 1) with its NDCG@100.
@@ -159,20 +168,15 @@ class _Trainer:
     def _run_epoch(self, epochs: int, bar: _Bar, interrupted) -> bool:
         """Train an epoch from where it stands; False where it was interrupted before its end."""
         begin, started = self.batch, time.perf_counter()
-        order_seed, draw_seed = np.random.SeedSequence(
-            [self.settings.seed, self.epoch]
-        ).generate_state(2)
-        generator = torch.Generator().manual_seed(int(order_seed))
-        batches = torch.randperm(self.train.n_users, generator=generator).split(
-            self.settings.batch_size
-        )
+        s = self.settings
+        batches, draw_seed = epoch_batches(self.train.n_users, s.batch_size, s.seed, self.epoch)
         device = self.train.device
         self.model.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _matmul_precision(self.settings.precision),
+            _matmul_precision(s.precision),
         ):
-            torch.manual_seed(int(draw_seed))
+            torch.manual_seed(draw_seed)
             if self.rng is not None:
                 _set_rng(device, self.rng)
             for ids in batches[begin:]:

@@ -11,7 +11,7 @@ import fastvae
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(fastvae.__path__, "fastvae.")
-    if not module.name.startswith("fastvae.kernels")
+    if not module.name.startswith("fastvae.kernels") and module.name != "fastvae.__main__"
 ]
 
 

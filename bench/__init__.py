@@ -1,0 +1,1 @@
+"""Measurements of fastvae, one module per command: python -m bench COMMAND."""

@@ -1,0 +1,22 @@
+"""python -m bench COMMAND [options]; each command is the module of this folder with its name."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
+    "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",
+}
+
+
+def main() -> None:
+    """Run the command named by the first argument."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        lines = [f"  {name:12}{text}" for name, text in COMMANDS.items()]
+        sys.exit("\n".join(["usage: python -m bench COMMAND [options]", *lines]))
+    importlib.import_module(f"bench.{command}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""python -m fastvae: the fastvae command."""
+
+from .cli import main
+
+main()

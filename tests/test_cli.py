@@ -1,0 +1,237 @@
+"""The fastvae command, from a click log to recommendations; errors are one sentence and exit code 2."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae import Dataset, MultiDAE, MultiVAE, evaluate, load_model
+from fastvae.checkpoint import read_checkpoint
+
+pytest.importorskip("polars")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call main() as the shell would; returns exit code, stdout, stderr."""
+    from rich.console import Console
+
+    from fastvae import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastvae", *map(str, arguments)])
+        monkeypatch.setattr(cli, "out", Console(width=100))
+        monkeypatch.setattr(cli, "err", Console(stderr=True, width=100))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def write_log(path, n_users=120, seed=0):
+    """A log with string ids, duplicates and missing values; users of one of two tastes."""
+    rng = np.random.default_rng(seed)
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["userId", "movieId", "rating"])
+        for u in range(n_users):
+            for i in rng.choice(30, 10, replace=False):
+                rows.writerow([f"user {u}", f"film, {i + 30 * (u % 2)}", rng.integers(4, 6)])
+        rows.writerow(["user 0", "", 5])
+        rows.writerow(["", "film, 1", 5])
+        rows.writerow(["user 1", "film, 31", 1])
+        rows.writerow(["user 1", "film, 31", ""])
+    return path
+
+
+@pytest.fixture
+def prepared(tmp_path, run):
+    log, data = write_log(tmp_path / "log.csv"), tmp_path / "data"
+    assert run("prepare", log, data, "--heldout", 15, "--min-rating", 4)[0] == 0
+    return log, data
+
+
+def train(run, data, folder, *more):
+    narrow = ("--hidden", 16, "--latent", 8, "--lr", 0.01, "--batch-size", 30)
+    return run("train", data, folder, "--epochs", 4, *narrow, *more)
+
+
+def test_from_a_log_to_recommendations(tmp_path, run, prepared):
+    log, data = prepared
+    folder = tmp_path / "run"
+    code, out, err = train(run, data, folder)
+    assert code == 0 and "best epoch" in out and "NDCG@100" in err and "users/s" in err
+    assert (folder / "curve.png").exists()
+
+    code, out, _ = run("evaluate", folder, data, "--metric", "ndcg@10", "--json")
+    results = json.loads(out)
+    dataset = Dataset.load(data)
+    model, items = load_model(folder / "best.pt")
+    assert items == list(dataset.items)
+    expected = evaluate(model, dataset.test_tr, dataset.test_te, metrics=["ndcg@10"])
+    assert results["MultiVAE"] == expected.to_dict()
+    assert set(results) == {"MultiVAE", "popularity"}
+    code, out, _ = run("evaluate", folder, data)
+    assert code == 0 and "recall@50" in out and "15 users evaluated, 0 skipped" in out
+
+    top = tmp_path / "top.csv"
+    code, out, _ = run("recommend", folder, log, top, "-k", 3)
+    assert code == 0 and "wrote the top 3 of 120 users" in out
+    rows = list(csv.DictReader(top.open(newline="")))
+    assert len(rows) == 3 * 120 and {row["user"] for row in rows} == {
+        f"user {u}" for u in range(120)
+    }
+    seen = {(row["userId"], row["movieId"]) for row in csv.DictReader(log.open(newline=""))}
+    assert not {(row["user"], row["item"]) for row in rows} & seen
+    kept = tmp_path / "kept.csv"
+    assert run("recommend", folder, log, kept, "-k", 3, "--keep-seen")[0] == 0
+    assert {(row["user"], row["item"]) for row in csv.DictReader(kept.open(newline=""))} & seen
+
+
+def test_recommendations_for_a_datasets_test_users_reach_the_metrics_of_evaluate(
+    tmp_path, run, prepared
+):
+    _, data = prepared
+    train(run, data, tmp_path / "run", "--model", "dae")
+    top = tmp_path / "top.jsonl"
+    assert run("recommend", tmp_path / "run", data, top, "-k", 20, "--users", "test")[0] == 0
+    dataset, recalls = Dataset.load(data), []
+    lines = [json.loads(line) for line in top.read_text().splitlines()]
+    assert [line["user"] for line in lines] == list(dataset.users_test)
+    for u, line in enumerate(lines):
+        held_out = {dataset.items[i] for i in dataset.test_te.rows([u]).compact().indices}
+        recalls.append(len(held_out & set(line["items"])) / min(20, len(held_out)))
+    model, _ = load_model(tmp_path / "run" / "best.pt")
+    assert isinstance(model, MultiDAE)
+    recall = evaluate(model, dataset.test_tr, dataset.test_te, metrics=["recall@20"])["recall@20"]
+    assert np.mean(recalls) == pytest.approx(recall)
+
+
+def test_prepare_reports_what_was_dropped(tmp_path, run):
+    log = write_log(tmp_path / "log.csv")
+    code, out, _ = run("prepare", log, tmp_path / "data", "--min-rating", 4, "--heldout", "0.1")
+    assert code == 0
+    for reason in ("no user id", "no item id", "a rating below min_rating", "not a number"):
+        assert reason in out or reason == "not a number"
+    assert "96 train, 12 validation, 12 test" in out
+
+
+def test_resume_through_the_command_line(tmp_path, run, prepared):
+    _, data = prepared
+    train(run, data, tmp_path / "a")
+    narrow = ("--hidden", 16, "--latent", 8, "--lr", 0.01, "--batch-size", 30)
+    assert run("train", data, tmp_path / "b", "--epochs", 2, *narrow)[0] == 0
+    assert run("train", data, tmp_path / "b", "--epochs", 4, "--resume", *narrow)[0] == 0
+    a, b = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    code, _, err = train(run, data, tmp_path / "a")
+    assert code == 2 and "run_dir must be a new folder" in err
+
+
+def test_a_checkpoint_of_other_code(tmp_path, run, prepared):
+    _, data = prepared
+    n_items = Dataset.load(data).n_items
+    model = MultiVAE([4, 6, n_items])
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    code, out, _ = run("evaluate", tmp_path / "theirs.pt", data, "--json")
+    assert code == 0 and json.loads(out)["MultiVAE"]["n_evaluated"] == 15
+    assert run("recommend", tmp_path / "theirs.pt", data, tmp_path / "top.parquet")[0] == 0
+    code, _, err = run(
+        "recommend", tmp_path / "theirs.pt", tmp_path / "log.csv", tmp_path / "t.csv"
+    )
+    assert code == 2 and "histories must be the dataset folder" in err
+    torch.save(MultiVAE([4, 6, 5]).state_dict(), tmp_path / "small.pt")
+    code, _, err = run("evaluate", tmp_path / "small.pt", data)
+    assert code == 2 and f"checkpoint has 5 items, data has {n_items}" in err
+
+
+def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, run, prepared):
+    _, data = prepared
+    train(run, data, tmp_path / "run")
+    dataset = Dataset.load(data)
+    order = np.random.default_rng(0).permutation(dataset.n_items)
+    for part in ("train", "vad_tr", "vad_te", "test_tr", "test_te"):
+        matrix = getattr(dataset, part).to_scipy()[:, order]
+        setattr(dataset, part, type(dataset.train).from_matrix(matrix))
+    dataset.items = dataset.items[order]
+    dataset.save(tmp_path / "shuffled")
+    plain, shuffled = (
+        json.loads(run("evaluate", tmp_path / "run", folder, "--json")[1])
+        for folder in (data, tmp_path / "shuffled")
+    )
+    assert plain["MultiVAE"] == shuffled["MultiVAE"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("prepare", "missing.csv", "out"), "missing.csv"),
+        (("prepare", "log.csv", "out", "--heldout", "many"), "prepare: heldout must be a count or a fraction, got many"),
+        (("prepare", "log.csv", "out", "--user", "nobody"), "the columns are"),
+        (("prepare", "log.csv", "out", "--heldout", 500), "prepare: "),
+        (("train", "missing", "run"), "write one with fastvae prepare"),
+        (("train", "data", "run", "--model", "gan"), "train: model must be vae or dae, got gan"),
+        (("train", "data", "run", "--hidden", "wide"), "train: hidden must be widths such as"),
+        (("train", "data", "run", "--batch-size", 0), "fit: batch_size must be at least 1, got 0"),
+        (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
+        (("train", "data", "run", "--device", "tpu"), "device must be cpu or cuda, got tpu"),
+        (("evaluate", "missing", "data"), "checkpoint: path must be a file, got missing"),
+        (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
+        (("evaluate", "missing", "data", "--users", "all"), "evaluate: users must be test or vad, got all"),
+        (("recommend", "missing", "log.csv", "top.csv"), "checkpoint: path must be a file, got missing"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_sentence_and_exit_code_2(
+    prepared, run, monkeypatch, tmp_path, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "recommend", "demo"])
+def test_help(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0 and "Usage: fastvae" in out
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvae", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "recommend" in done.stdout
+
+
+def test_demo_on_an_own_log(tmp_path, run, monkeypatch):
+    import fastvae.demo
+
+    monkeypatch.setattr(fastvae.demo, "MAX_EPOCHS", 2)
+    log = write_log(tmp_path / "log.csv")
+    code, out, _ = run("demo", log, "--folder", tmp_path / "demo")
+    assert code == 0
+    for text in ("popularity", "Mult-VAE", "-> recommended film, ", "run-1", "curve.png"):
+        assert text in out
+    assert (tmp_path / "demo" / "run-1" / "curve.png").exists()
+
+
+def test_demo_without_a_network_uses_synthetic_data_and_says_so(tmp_path, run, monkeypatch):
+    import fastvae.demo
+
+    def no_network():
+        raise RuntimeError("movielens_100k: pip could not fetch the data")
+
+    monkeypatch.setattr(fastvae.demo, "movielens_100k", no_network)
+    monkeypatch.setattr(fastvae.demo, "MAX_EPOCHS", 1)
+    code, out, _ = run("demo", "--folder", tmp_path / "demo")
+    assert code == 0 and "using synthetic data instead" in out and "-> recommended item " in out
