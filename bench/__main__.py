@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "ratio": "training steps of fastvae and of the usual ways, side by side",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",
 }

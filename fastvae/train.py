@@ -146,7 +146,7 @@ class _Trainer:
     def __init__(self, model, train, validation, settings: _Settings, run: _Run):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
-        self.optimizer = _Adam(model, settings.lr)
+        self.optimizer = ItemMajorAdam(model, settings.lr)
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
         self.beta = 0.0  # of the latest update
@@ -269,7 +269,7 @@ class _Trainer:
         self.run.rewrite_metrics(self.result.history)
 
 
-class _Adam:
+class ItemMajorAdam:
     """torch's fused Adam over contiguous views: it copies a weight stored item-major to and fro otherwise (35 ms)."""
 
     def __init__(self, model: nn.Module, lr: float):

@@ -120,6 +120,27 @@ def test_two_losses_before_one_backward_keep_their_buffers_apart():
     assert apart[0].data_ptr() != apart[1].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", [False, True])
+def test_chunks_of_users_give_what_one_buffer_gives(dtype, view):
+    *tensors, clicks = inputs([2, 0, 3, 1, 7], 11, 4, dtype, counts=True)
+    clicks = clicks.rows([4, 0, 1, 2, 4]) if view else clicks
+    dnll = torch.randn(5)
+    one = run(lambda h, w, b: linear_multinomial_nll(h, w, b, clicks), tensors, dnll)
+    row = 11 * dtype.itemsize
+    for max_bytes in (1, row, 2 * row, 4 * row):
+        some = run(
+            lambda h, w, b, m=max_bytes: linear_multinomial_nll(h, w, b, clicks, max_bytes=m),
+            tensors,
+            dnll,
+        )
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        )
+        for a, b in zip(some, one, strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
 def test_gradcheck_and_opcheck():
     hidden, weight, bias, clicks = inputs([2, 0, 3], 5, 3, torch.float64, counts=True)
     clicks = clicks.rows([2, 2, 0])
@@ -128,9 +149,9 @@ def test_gradcheck_and_opcheck():
     csr = (clicks.indptr, clicks.indices, clicks.values, clicks.row_ids)
     leaves = [t.detach().float().requires_grad_() for t in leaves]
     for compute in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(_linear_multinomial_nll, (*leaves, *csr, compute, True))
+        torch.library.opcheck(_linear_multinomial_nll, (*leaves, *csr, compute, True, 2**32))
     torch.library.opcheck(
-        _linear_multinomial_nll, (*(t.detach() for t in leaves), *csr, torch.float32, False)
+        _linear_multinomial_nll, (*(t.detach() for t in leaves), *csr, torch.float32, False, 2**32)
     )
 
 
@@ -158,6 +179,7 @@ def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
         ({"bias": torch.ones(4)}, ValueError, "linear_multinomial_nll: bias must have shape [6], got [4]"),
         ({"weight": torch.ones(6, 4).double()}, TypeError, "linear_multinomial_nll: weight must be float32, got float64"),
         ({"bias": torch.ones(6, device="meta")}, RuntimeError, "linear_multinomial_nll: bias must be on cpu like clicks, got meta"),
+        ({"max_bytes": 0}, ValueError, "linear_multinomial_nll: max_bytes must be at least 1, got 0"),
         ({"reduction": "avg"}, ValueError, "linear_multinomial_nll: reduction must be one of none, sum, mean, got 'avg'"),
     ],
 )  # fmt: skip

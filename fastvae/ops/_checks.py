@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..clicks import Clicks
 
 REDUCTIONS = ("none", "sum", "mean")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -50,6 +54,27 @@ def check_dtypes(op: str, want: torch.dtype, **tensors: Tensor | None) -> None:
             raise TypeError(
                 f"{op}: {name} must be {dtype_name(want)}, got {dtype_name(tensor.dtype)}"
             )
+
+
+def check_kernel_dtypes(op: str, **tensors: Tensor) -> None:
+    """TypeError that names the first tensor of a dtype that the GPU kernels do not have."""
+    for name, tensor in tensors.items():
+        if tensor.is_cuda and tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 on a GPU, got {dtype_name(tensor.dtype)}"
+            )
+
+
+def kernels_of(op: str) -> Any:
+    """The op's module in fastvae.kernels, imported when a GPU first needs it: CPUs work without triton."""
+    try:
+        return importlib.import_module(f"fastvae.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU"
+        ) from error
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

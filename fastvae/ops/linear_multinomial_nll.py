@@ -3,12 +3,15 @@
 CUDA tensors take the Triton kernels of fastvae.kernels.linear_multinomial_nll. CPU tensors take the functions below. Both
 keep one [n_users, n_items] buffer, of scaled exponentials
 
-    E[u, i] = exp(logits[u, i] - k[u]) - x[u, i] / v[u],    v[u] = N_u / sum_i exp(logits[u, i] - k[u])
+    D[u, i] = exp(logits[u, i] - k[u]) - x[u, i] / v[u],    v[u] = N_u / sum_i exp(logits[u, i] - k[u])
 
-so that dlogits = g v E and the upstream gradient g is a factor of a row: the backward is two plain GEMMs.
+so that dlogits = g v D and the upstream gradient g is a factor of a row: the backward is two plain GEMMs.
 """
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,9 @@ from ._checks import (
     check_clicks,
     check_devices,
     check_dtypes,
+    check_kernel_dtypes,
     check_tensor,
+    kernels_of,
     reduce_users,
 )
 from .multinomial_nll import Targets, row_blocks, sum_dtype
@@ -28,6 +33,7 @@ from .multinomial_nll import Targets, row_blocks, sum_dtype
 ITEMS_PER_GEMM = (
     512  # a [500, 600] x [600, 20108] product takes 101 ms whole, 70 ms in these pieces (2 cores)
 )
+MAX_BYTES = 4 * 2**30
 
 
 def linear_multinomial_nll(
@@ -38,6 +44,7 @@ def linear_multinomial_nll(
     *,
     reduction: str = "none",
     user_weights: Tensor | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Tensor:
     """Multinomial negative log-likelihood of each user's clicks under softmax(hidden W^T + b).
 
@@ -53,6 +60,7 @@ def linear_multinomial_nll(
     clicks        [n_users, n_items]   a user without clicks gives 0
     reduction     "none", "sum" or "mean" over users
     user_weights  [n_users]            factor of each user's nll, or None
+    max_bytes     of the [n_users, n_items] buffer; above it the backward computes it anew in chunks of users
     returns       [n_users] or a scalar; fp32 (fp64 for fp64 input), nats
 
     Differentiable in hidden, weight, bias and user_weights. Under autocast the products run in its dtype with fp32
@@ -66,16 +74,16 @@ def linear_multinomial_nll(
     check_tensor(op, "weight", weight, (clicks.n_items, hidden.shape[1]))
     if bias is not None:
         check_tensor(op, "bias", bias, (clicks.n_items,))
+    if max_bytes < 1:
+        raise ValueError(f"{op}: max_bytes must be at least 1, got {max_bytes}")
     compute = autocast_dtype(hidden.device)
     if compute is None:
         check_dtypes(op, hidden.dtype, weight=weight, bias=bias)
+    check_kernel_dtypes(op, hidden=hidden)
     check_devices(op, clicks, hidden=hidden, weight=weight, bias=bias, user_weights=user_weights)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    compute = compute or hidden.dtype
-    if compute == torch.float16 and hidden.device.type == "cpu":
-        compute = torch.float32  # E reaches past 65504, and CPUs have no fast fp16 product
     nll, *_ = _linear_multinomial_nll(
         hidden,
         weight,
@@ -84,8 +92,9 @@ def linear_multinomial_nll(
         clicks.indices,
         clicks.values,
         clicks.row_ids,
-        compute,
+        compute or hidden.dtype,
         needs_grad,
+        max_bytes,
     )
     return reduce_users(op, nll, reduction, user_weights)
 
@@ -101,53 +110,129 @@ def _linear_multinomial_nll(
     rows: Tensor | None,
     compute: torch.dtype,
     needs_grad: bool,
+    max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll [n_users] and, for the backward, E [n_users, n_items], v [n_users] and the weight in compute's dtype.
+    """nll [n_users]; for the backward v [n_users], D [n_users, n_items], and the weight in compute's dtype.
 
-    E, v and weight are empty where no gradient is needed, weight also where it has that dtype already.
+    D has no rows where no gradient is needed or it would be over max_bytes; the weight is empty where nothing was cast.
     """
-    targets = Targets(indptr, indices, values, rows, len(weight))
+    compute = _cpu_dtype(compute)
     cast_weight = _cast(weight, compute)
-    total = sum_dtype(compute)
-    nothing = hidden.new_empty(0)
-    e = _logits(hidden.to(compute), cast_weight)
+    nll, v = (hidden.new_empty(len(hidden), dtype=sum_dtype(compute)) for _ in range(2))
+    parts = _parts(len(hidden), len(weight), compute, max_bytes)
+    for part in parts:
+        targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
+        nll[part], v[part], d = _exp_rows(hidden[part], cast_weight, bias, targets)
+    if not needs_grad or len(parts) > 1:
+        d = hidden.new_empty((0, len(weight)), dtype=compute)
+    return nll, v, d, hidden.new_empty(0) if cast_weight is weight else cast_weight
+
+
+@_linear_multinomial_nll.register_fake
+def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes):
+    n_users, n_items = len(hidden), len(weight)
+    if hidden.device.type == "cpu":
+        compute = _cpu_dtype(compute)
+        stored = needs_grad and len(_parts(n_users, n_items, compute, max_bytes)) == 1
+        shape, dtype = (n_users if stored else 0, n_items), compute
+    else:
+        kernels = kernels_of("linear_multinomial_nll")
+        shape = kernels.stored_shape(n_users, n_items, compute, needs_grad, max_bytes)
+        dtype = kernels.stored_dtype(compute)
+    nll, v = (hidden.new_empty((n_users,), dtype=sum_dtype(compute)) for _ in range(2))
+    cast_weight = hidden.new_empty(0) if weight.dtype == compute else weight.to(compute)
+    return nll, v, hidden.new_empty(shape, dtype=dtype), cast_weight
+
+
+@torch.library.custom_op(
+    "fastvae::linear_multinomial_nll_backward", mutates_args=(), device_types="cpu"
+)
+def _gradients(
+    dnll: Tensor,
+    v: Tensor,
+    d: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    rows: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    weight_dtype: torch.dtype,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for hidden, weight (in weight_dtype) and bias (fp32 at least); empty where not needed."""
+    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    if need_hidden:
+        dhidden = torch.empty_like(hidden)
+    if need_weight:
+        dweight = _buffers.empty(tuple(weight.shape), weight.dtype)
+    if need_bias:
+        dbias = v.new_zeros(len(weight))
+    stored = len(d) > 0 or len(hidden) == 0
+    whole = [slice(0, len(hidden))]
+    for part in whole if stored else _parts(len(hidden), len(weight), weight.dtype, max_bytes):
+        h, v_part = hidden[part], v[part]
+        if not stored:
+            targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
+            _, v_part, d = _exp_rows(h, weight, bias, targets)
+        factor = dnll[part] * v_part  # 0 for a user without clicks, whose D is not the gradient
+        if need_hidden:
+            dhidden[part] = torch.mm(d, weight) * factor[:, None]
+        if need_weight:
+            scaled = (h * factor[:, None]).to(d.dtype)
+            if part.start == 0:
+                torch.mm(d.t(), scaled, out=dweight)
+            else:
+                dweight.addmm_(d.t(), scaled)
+        if need_bias:
+            # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
+            high = factor.to(d.dtype)
+            halves = torch.stack((high, (factor - high).to(d.dtype)))
+            dbias += torch.mm(halves, d).to(v.dtype).sum(0)
+    return dhidden, _cast(dweight, weight_dtype) if need_weight else dweight, dbias
+
+
+@_gradients.register_fake
+def _(
+    dnll, v, d, hidden, weight, bias, indptr, indices, values, rows,
+    need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=weight_dtype) if need_weight else hidden.new_empty(0),
+        v.new_empty(len(weight)) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _exp_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, v and D of some users; k is the row maximum."""
+    total = sum_dtype(weight.dtype)
+    d = _logits(hidden.to(weight.dtype), weight)
     peak, row_sum = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
     clicked = torch.empty(len(targets.item), dtype=total)
-    for block in row_blocks(e):
+    for block in row_blocks(d):
         first, last = int(targets.offsets[block.start]), int(targets.offsets[block.stop])
-        z = e[block].to(total)
+        z = d[block].to(total)
         if bias is not None:
             z += bias
         local = targets.flat[first:last] - block.start * len(weight)
         torch.take(z, local, out=clicked[first:last])
         torch.amax(z, 1, out=peak[block])
         z.sub_(peak[block, None]).exp_()
-        if e.dtype != total:
-            e[block] = z  # sums of the rounded values: dlogits then adds up to zero over a row
-            z = e[block].to(total)
+        if d.dtype != total:
+            d[block] = z  # sums of the rounded values: D then adds up to zero over a row
+            z = d[block].to(total)
         torch.sum(z, 1, out=row_sum[block])
-    nll = targets.nll(clicked, peak, row_sum.log())
-    if not needs_grad:
-        return nll, nothing, nothing.clone(), nothing.clone()
     v = targets.n_clicks(total) / row_sum
-    flat = e.view(-1)
-    flat[targets.flat] -= targets.times_value(v.reciprocal()[targets.user]).to(e.dtype)
-    return nll, e, v, nothing if cast_weight is weight else cast_weight
-
-
-@_linear_multinomial_nll.register_fake
-def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad):
-    n_users, n_items = len(hidden), len(weight)
-    nll = hidden.new_empty((n_users,), dtype=sum_dtype(compute))
-    if not needs_grad:
-        return nll, *(hidden.new_empty(0) for _ in range(3))
-    e = hidden.new_empty((n_users, n_items), dtype=compute)
-    cast_weight = hidden.new_empty(0) if weight.dtype == compute else weight.to(compute)
-    return nll, e, torch.empty_like(nll), cast_weight
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else _buffers.empty(tuple(t.shape), dtype).copy_(t)
+    flat = d.view(-1)
+    flat[targets.flat] -= targets.times_value(v.reciprocal()[targets.user]).to(d.dtype)
+    return targets.nll(clicked, peak, row_sum.log()), v, d
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -159,71 +244,107 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-@torch.library.custom_op(
-    "fastvae::linear_multinomial_nll_backward", mutates_args=(), device_types="cpu"
-)
-def _gradients(
-    dnll: Tensor,
-    e: Tensor,
-    v: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for hidden (e's dtype), weight (weight_dtype) and bias (fp32 at least); empty where not needed."""
-    factor = dnll * v
-    # a user without clicks has v = 0 and no targets: his row counts nothing
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
-    if need_hidden:
-        dhidden = (torch.mm(e, weight) * factor[:, None]).to(e.dtype)
-    if need_weight:
-        scaled = (hidden * factor[:, None]).to(e.dtype)
-        dweight = torch.mm(e.t(), scaled, out=_buffers.empty(tuple(weight.shape), e.dtype))
-        dweight = _cast(dweight, weight_dtype)
-    if need_bias:
-        # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
-        high = factor.to(e.dtype)
-        dbias = torch.mm(torch.stack((high, (factor - high).to(e.dtype))), e).to(v.dtype).sum(0)
-    return dhidden, dweight, dbias
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else _buffers.empty(tuple(t.shape), dtype).copy_(t)
 
 
-@_gradients.register_fake
-def _(dnll, e, v, hidden, weight, need_hidden, need_weight, need_bias, weight_dtype):
+def _cpu_dtype(compute: torch.dtype) -> torch.dtype:
+    # D reaches past fp16's 65504, and CPUs have no fast fp16 product
+    return torch.float32 if compute == torch.float16 else compute
+
+
+def _parts(n_users: int, n_items: int, dtype: torch.dtype, max_bytes: int) -> list[slice]:
+    """The fewest, evenly long ranges of users whose D fits max_bytes; a single user always does."""
+    n_fit = max(1, max_bytes // max(1, n_items * dtype.itemsize))
+    n_parts = max(1, -(-n_users // n_fit))
+    bounds = [n_users * part // n_parts for part in range(n_parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _clicks_of(part: slice, indptr, indices, values, rows) -> tuple[Any, Any, Any, Any]:
+    """CSR arguments of a range of the batch's users."""
+    if rows is None:
+        # as a choice of rows, for which offsets need not start with 0
+        rows = torch.arange(len(indptr) - 1)
+    return indptr, indices, values, rows[part]
+
+
+@_linear_multinomial_nll.register_kernel("cuda")
+def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes):
+    kernels = kernels_of("linear_multinomial_nll")
+    cast_weight = weight.to(compute).contiguous()
+    bias = None if bias is None else bias.to(compute).contiguous()
+    nll, v, d = kernels.linear_multinomial_nll_fwd(
+        hidden.to(compute).contiguous(),
+        cast_weight,
+        bias,
+        indptr,
+        indices,
+        values,
+        rows,
+        needs_grad=needs_grad,
+        allow_tf32=_allow_tf32(),
+        max_bytes=max_bytes,
+    )
+    return nll, v, d, hidden.new_empty(0) if weight.dtype == compute else cast_weight
+
+
+@_gradients.register_kernel("cuda")
+def _(
+    dnll, v, d, hidden, weight, bias, indptr, indices, values, rows,
+    need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
+):  # fmt: skip
+    kernels = kernels_of("linear_multinomial_nll")
+    dhidden, dweight, dbias = kernels.linear_multinomial_nll_bwd(
+        hidden.to(weight.dtype).contiguous(),
+        weight.contiguous(),
+        None if bias is None else bias.to(weight.dtype).contiguous(),
+        indptr,
+        indices,
+        values,
+        rows,
+        v,
+        d,
+        dnll,
+        needs=(need_hidden, need_weight, need_bias),
+        allow_tf32=_allow_tf32(),
+        max_bytes=max_bytes,
+    )
     nothing = hidden.new_empty(0)
     return (
-        torch.empty_like(hidden, dtype=e.dtype) if need_hidden else nothing,
-        torch.empty_like(weight, dtype=weight_dtype) if need_weight else nothing.clone(),
-        v.new_empty(len(weight)) if need_bias else nothing.clone(),
+        nothing if dhidden is None else dhidden.to(hidden.dtype),
+        nothing.clone() if dweight is None else dweight.to(weight_dtype),
+        nothing.clone() if dbias is None else dbias,
     )
 
 
+def _allow_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, *_ = inputs
-    _, e, v, cast_weight = output
-    ctx.mark_non_differentiable(e, v, cast_weight)
+    hidden, weight, bias, *csr, _, _, ctx.max_bytes = inputs
+    _, v, d, cast_weight = output
+    ctx.mark_non_differentiable(v, d, cast_weight)
     ctx.set_materialize_grads(False)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.cast = cast_weight.numel() > 0
     ctx.weight_dtype = weight.dtype
-    ctx.save_for_backward(hidden, cast_weight if ctx.cast else weight, e, v)
+    used_weight = cast_weight if cast_weight.numel() > 0 else weight
+    ctx.save_for_backward(v, d, hidden, used_weight, bias, *csr)
 
 
 def _backward(ctx, dnll, *_):
     if dnll is None:
-        return (None,) * 9
-    hidden, weight, e, v = ctx.saved_tensors
+        return (None,) * 10
+    v, d, hidden, weight, bias, *csr = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = _gradients(
-        dnll.contiguous(), e, v, hidden, weight, *need, ctx.weight_dtype
+        dnll.contiguous(), v, d, hidden, weight, bias, *csr, *need, ctx.weight_dtype, ctx.max_bytes
     )
     return (
-        dhidden.to(hidden.dtype) if need[0] else None,
+        dhidden if need[0] else None,
         dweight if need[1] else None,
-        dbias.to(ctx.bias_dtype) if need[2] else None,
-        *(None,) * 6,
+        dbias.to(bias.dtype) if need[2] else None,
+        *(None,) * 7,
     )
 
 

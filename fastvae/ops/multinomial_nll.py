@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..clicks import Clicks, gather_rows
 from . import _buffers
-from ._checks import check_clicks, check_devices, check_tensor, reduce_users
+from ._checks import (
+    check_clicks,
+    check_devices,
+    check_kernel_dtypes,
+    check_tensor,
+    kernels_of,
+    reduce_users,
+)
 
 BLOCK_BYTES = 2**20  # fp32 logits worked on at once: half of a core's L2 cache
 
@@ -43,37 +50,34 @@ def multinomial_nll(
     op = "multinomial_nll"
     check_clicks(op, clicks)
     check_tensor(op, "logits", logits, clicks.shape)
+    check_kernel_dtypes(op, logits=logits)
     check_devices(op, clicks, logits=logits, user_weights=user_weights)
-    nll, _, _ = _multinomial_nll(
-        logits, clicks.indptr, clicks.indices, clicks.values, clicks.row_ids
-    )
+    nll, _ = _multinomial_nll(logits, clicks.indptr, clicks.indices, clicks.values, clicks.row_ids)
     return reduce_users(op, nll, reduction, user_weights)
 
 
 @torch.library.custom_op("fastvae::multinomial_nll", mutates_args=(), device_types="cpu")
 def _multinomial_nll(
     logits: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, the row maximum and log of the sum of exp(logits - maximum), each [n_users]."""
+) -> tuple[Tensor, Tensor]:
+    """nll [n_users], and lse in two parts [2, n_users]: row maximum, log of the sum of exp(logits - maximum)."""
     targets = Targets(indptr, indices, values, rows, logits.shape[1])
-    peak, log_sum = _row_statistics(logits)
-    clicked = logits[targets.user, targets.item].to(peak.dtype)
-    return targets.nll(clicked, peak, log_sum), peak, log_sum
+    lse = _row_statistics(logits)
+    clicked = logits[targets.user, targets.item].to(lse.dtype)
+    return targets.nll(clicked, *lse), lse
 
 
 @_multinomial_nll.register_fake
 def _(logits, indptr, indices, values, rows):
-    return tuple(
-        logits.new_empty((logits.shape[0],), dtype=sum_dtype(logits.dtype)) for _ in range(3)
-    )
+    nll = logits.new_empty((logits.shape[0],), dtype=sum_dtype(logits.dtype))
+    return nll, nll.new_empty((2, logits.shape[0]))
 
 
 @torch.library.custom_op("fastvae::multinomial_nll_dlogits", mutates_args=(), device_types="cpu")
 def _dlogits(
     dnll: Tensor,
     logits: Tensor,
-    peak: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     indptr: Tensor,
     indices: Tensor,
     values: Tensor | None,
@@ -81,6 +85,7 @@ def _dlogits(
 ) -> Tensor:
     """dlogits[u, i] = dnll[u] (N_u softmax(logits[u])_i - x[u, i]) in logits' dtype."""
     targets = Targets(indptr, indices, values, rows, logits.shape[1])
+    peak, log_sum = lse
     factor = dnll * targets.n_clicks(peak.dtype)
     grad = _buffers.empty(tuple(logits.shape), logits.dtype)
     for block in row_blocks(logits):
@@ -94,7 +99,7 @@ def _dlogits(
 
 
 @_dlogits.register_fake
-def _(dnll, logits, peak, log_sum, indptr, indices, values, rows):
+def _(dnll, logits, lse, indptr, indices, values, rows):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -140,28 +145,44 @@ def row_blocks(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + step, n_users)) for start in range(0, n_users, step)]
 
 
-def _row_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    peak = logits.new_empty((len(logits),), dtype=sum_dtype(logits.dtype))
-    log_sum = torch.empty_like(peak)
+def _row_statistics(logits: Tensor) -> Tensor:
+    lse = logits.new_empty((2, len(logits)), dtype=sum_dtype(logits.dtype))
+    peak, log_sum = lse
     for block in row_blocks(logits):
         z = logits[block].to(peak.dtype)
         torch.amax(z, 1, out=peak[block])
         log_sum[block] = (z - peak[block, None]).exp_().sum(1).log_()
-    return peak, log_sum
+    return lse
+
+
+@_multinomial_nll.register_kernel("cuda")
+def _(logits, indptr, indices, values, rows):
+    kernels = kernels_of("multinomial_nll")
+    return kernels.multinomial_nll_fwd(_row_major(logits), indptr, indices, values, rows)
+
+
+@_dlogits.register_kernel("cuda")
+def _(dnll, logits, lse, indptr, indices, values, rows):
+    kernels = kernels_of("multinomial_nll")
+    logits = _row_major(logits)
+    return kernels.multinomial_nll_bwd(logits, lse, dnll, indptr, indices, values, rows)
+
+
+def _row_major(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _setup_context(ctx, inputs, output):
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], *saved, *inputs[1:])
+    ctx.save_for_backward(inputs[0], output[1], *inputs[1:])
 
 
-def _backward(ctx, dnll, *_):
+def _backward(ctx, dnll, _):
     dlogits = None
     if dnll is not None and ctx.needs_input_grad[0]:
-        logits, peak, log_sum, *csr = ctx.saved_tensors
-        dlogits = _dlogits(dnll.contiguous(), logits, peak, log_sum, *csr)
+        logits, lse, *csr = ctx.saved_tensors
+        dlogits = _dlogits(dnll.contiguous(), logits, lse, *csr)
     return dlogits, None, None, None, None
 
 

@@ -18,8 +18,10 @@ from ._checks import (
     check_clicks,
     check_devices,
     check_dtypes,
+    check_kernel_dtypes,
     check_tensor,
     dtype_name,
+    kernels_of,
 )
 
 ITEMS_PER_BLOCK = (
@@ -94,6 +96,7 @@ def _check(clicks, weight, bias, dropout, seed) -> None:
         if seed.shape != (1,) or seed.dtype != torch.int64:
             got = f"{dtype_name(seed.dtype)} {list(seed.shape)}"
             raise ValueError(f"{op}: seed must be int64 [1], got {got}")
+    check_kernel_dtypes(op, weight=weight)
     check_devices(op, clicks, weight=weight, bias=bias, seed=seed)
 
 
@@ -260,6 +263,64 @@ class _Batch:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@_sparse_linear.register_kernel("cuda")
+def _(
+    indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input
+):  # fmt: skip
+    kernels = kernels_of("sparse_linear")
+    return kernels.sparse_linear_fwd(
+        indptr,
+        indices,
+        values,
+        rows,
+        weight.t().contiguous(),
+        None if bias is None else bias.contiguous(),
+        seed,
+        dropout=dropout,
+        normalize=normalize,
+        tanh=tanh,
+        tanh_input=tanh_input,
+    )
+
+
+@_dweight.register_kernel("cuda")
+def _(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
+    kernels = kernels_of("sparse_linear")
+    return kernels.sparse_linear_bwd_weight(
+        dpre,
+        indptr,
+        indices,
+        values,
+        rows,
+        seed,
+        scale,
+        n_items,
+        dropout=dropout,
+        tanh_input=tanh_input,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@_dvalues.register_kernel("cuda")
+def _(
+    dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+):  # fmt: skip
+    kernels = kernels_of("sparse_linear")
+    return kernels.sparse_linear_bwd_values(
+        dpre,
+        weight.t().contiguous(),
+        indptr,
+        indices,
+        values,
+        rows,
+        seed,
+        scale,
+        dropout=dropout,
+        normalize=normalize,
+        tanh_input=tanh_input,
+    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,0 +1,80 @@
+"""Training steps of several providers, timed interleaved in one process after a check against the reference.
+
+python -m bench ratio [--shape ml20m] [--provider NAME ...] [--rounds 15]     writes bench/results/<machine>_<shape>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.machine import describe
+from bench.steps import PROVIDERS, SHAPES, check, new_model
+
+RESULTS = Path(__file__).parent / "results"
+N_BATCHES = 4  # inputs rotate
+
+
+def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict:
+    """Medians and 20/80% quantiles of milliseconds per step, providers taking turns."""
+    shape = SHAPES[shape_name]
+    clicks = shape.clicks(N_BATCHES).to(device)
+    batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
+    providers, errors, inputs = {}, {}, {}
+    for name in names:
+        providers[name] = PROVIDERS[name](new_model(shape.n_items).to(device))
+        errors[name] = check(name, providers[name], batches[0])
+        inputs[name] = [providers[name].to_batch(batch) for batch in batches]
+        for batch in inputs[name][:2]:
+            providers[name].step(batch)  # warm-up: compilation, buffers, moments
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names:
+            started = time.perf_counter()
+            providers[name].step(inputs[name][turn % N_BATCHES])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    rows = {}
+    for name in names:
+        low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8)).tolist()
+        rows[name] = {
+            "ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2),
+            "gradient_error": errors[name], "clicks_per_user": clicks.nnz / clicks.n_users,
+        }  # fmt: skip
+    return {
+        "shape": shape_name,
+        "n_items": shape.n_items,
+        "batch_size": shape.batch_size,
+        "rounds": rounds,
+        "providers": rows,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print ratios to the dense model, write the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench ratio", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="ml20m")
+    parser.add_argument("--provider", choices=PROVIDERS, nargs="*", default=list(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--name", default=None, help="of the result file; default cpu or the card's name"
+    )
+    options = parser.parse_args(arguments)
+    result = {
+        "machine": describe(),
+        **measure(options.shape, options.provider, options.rounds, options.device),
+    }
+    rows = result["providers"]
+    for name, row in rows.items():
+        ratio = f"{rows['dense']['ms'] / row['ms']:6.2f} x dense" if "dense" in rows else ""
+        print(f"{name:22}{row['ms']:9.1f} ms  ({row['ms_20']:.1f} .. {row['ms_80']:.1f})  {ratio}")
+    gpu = result["machine"].get("gpu", "").replace(" ", "-").lower()
+    card = options.name or (gpu if options.device == "cuda" else "cpu")
+    (RESULTS / f"{card}_{options.shape}.json").write_text(json.dumps(result, indent=2) + "\n")
