@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "ratio": "training steps of fastvae and of the usual ways, side by side",
+    "report": "write the tables of README.md from bench/results",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",
 }

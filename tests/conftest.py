@@ -7,6 +7,7 @@ import torch
 # triton reads this when a kernel is decorated, so it has to be set before the first import of fastvae.kernels
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products need it
 
 import pytest
 

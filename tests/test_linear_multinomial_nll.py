@@ -155,6 +155,18 @@ def test_gradcheck_and_opcheck():
     )
 
 
+def test_fp16_autocast_on_a_cpu_does_not_overflow():
+    hidden, weight, bias, clicks = inputs([1, 3], 100_000, 4, spread=0.01)
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_multinomial_nll(hidden, weight, bias, clicks, reduction="sum")
+        loss.backward()
+    exact = linear_multinomial_nll(hidden, weight, bias, clicks, reduction="sum")
+    (grad,) = torch.autograd.grad(exact, weight)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(weight.grad, grad)
+
+
 def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
     *tensors, clicks = inputs([5, 20, 0], 600, 64, spread=0.1)
     x, dnll = clicks.to_dense(), torch.ones(3)

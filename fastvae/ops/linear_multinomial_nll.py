@@ -122,7 +122,8 @@ def _linear_multinomial_nll(
     parts = _parts(len(hidden), len(weight), compute, max_bytes)
     for part in parts:
         targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
-        nll[part], v[part], d = _exp_rows(hidden[part], cast_weight, bias, targets)
+        with torch.autocast("cpu", enabled=False):  # dtypes are settled
+            nll[part], v[part], d = _exp_rows(hidden[part], cast_weight, bias, targets)
     if not needs_grad or len(parts) > 1:
         d = hidden.new_empty((0, len(weight)), dtype=compute)
     return nll, v, d, hidden.new_empty(0) if cast_weight is weight else cast_weight
@@ -165,34 +166,29 @@ def _gradients(
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for hidden, weight (in weight_dtype) and bias (fp32 at least); empty where not needed."""
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
-    if need_hidden:
-        dhidden = torch.empty_like(hidden)
-    if need_weight:
-        dweight = _buffers.empty(tuple(weight.shape), weight.dtype)
-    if need_bias:
-        dbias = v.new_zeros(len(weight))
+    nothing = hidden.new_empty(0)
+    dhidden = torch.empty_like(hidden) if need_hidden else nothing
+    dweight = _buffers.empty(tuple(weight.shape), weight.dtype) if need_weight else nothing.clone()
+    dbias = v.new_zeros(len(weight)) if need_bias else nothing.clone()
     stored = len(d) > 0 or len(hidden) == 0
-    whole = [slice(0, len(hidden))]
-    for part in whole if stored else _parts(len(hidden), len(weight), weight.dtype, max_bytes):
+    parts = _parts(len(hidden), len(weight), weight.dtype, max_bytes)
+    for part in parts[:1] if stored else parts:
         h, v_part = hidden[part], v[part]
-        if not stored:
-            targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
-            _, v_part, d = _exp_rows(h, weight, bias, targets)
-        factor = dnll[part] * v_part  # 0 for a user without clicks, whose D is not the gradient
-        if need_hidden:
-            dhidden[part] = torch.mm(d, weight) * factor[:, None]
-        if need_weight:
-            scaled = (h * factor[:, None]).to(d.dtype)
-            if part.start == 0:
-                torch.mm(d.t(), scaled, out=dweight)
-            else:
-                dweight.addmm_(d.t(), scaled)
-        if need_bias:
-            # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
-            high = factor.to(d.dtype)
-            halves = torch.stack((high, (factor - high).to(d.dtype)))
-            dbias += torch.mm(halves, d).to(v.dtype).sum(0)
+        with torch.autocast("cpu", enabled=False):  # dtypes are settled
+            if not stored:
+                targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
+                _, v_part, d = _exp_rows(h, weight, bias, targets)
+            factor = dnll[part] * v_part  # 0 for a user without clicks, whose D is not the gradient
+            if need_hidden:
+                dhidden[part] = torch.mm(d, weight) * factor[:, None]
+            if need_weight:
+                scaled = (h * factor[:, None]).to(d.dtype)
+                dweight.addmm_(d.t(), scaled, beta=int(part.start > 0))
+            if need_bias:
+                # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
+                high = factor.to(d.dtype)
+                halves = torch.stack((high, (factor - high).to(d.dtype)))
+                dbias += torch.mm(halves, d).to(v.dtype).sum(0)
     return dhidden, _cast(dweight, weight_dtype) if need_weight else dweight, dbias
 
 
@@ -274,18 +270,19 @@ def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, 
     kernels = kernels_of("linear_multinomial_nll")
     cast_weight = weight.to(compute).contiguous()
     bias = None if bias is None else bias.to(compute).contiguous()
-    nll, v, d = kernels.linear_multinomial_nll_fwd(
-        hidden.to(compute).contiguous(),
-        cast_weight,
-        bias,
-        indptr,
-        indices,
-        values,
-        rows,
-        needs_grad=needs_grad,
-        allow_tf32=_allow_tf32(),
-        max_bytes=max_bytes,
-    )
+    with torch.autocast("cuda", enabled=False):  # dtypes are settled
+        nll, v, d = kernels.linear_multinomial_nll_fwd(
+            hidden.to(compute).contiguous(),
+            cast_weight,
+            bias,
+            indptr,
+            indices,
+            values,
+            rows,
+            needs_grad=needs_grad,
+            allow_tf32=_allow_tf32(),
+            max_bytes=max_bytes,
+        )
     return nll, v, d, hidden.new_empty(0) if weight.dtype == compute else cast_weight
 
 
@@ -295,21 +292,22 @@ def _(
     need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
 ):  # fmt: skip
     kernels = kernels_of("linear_multinomial_nll")
-    dhidden, dweight, dbias = kernels.linear_multinomial_nll_bwd(
-        hidden.to(weight.dtype).contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.to(weight.dtype).contiguous(),
-        indptr,
-        indices,
-        values,
-        rows,
-        v,
-        d,
-        dnll,
-        needs=(need_hidden, need_weight, need_bias),
-        allow_tf32=_allow_tf32(),
-        max_bytes=max_bytes,
-    )
+    with torch.autocast("cuda", enabled=False):
+        dhidden, dweight, dbias = kernels.linear_multinomial_nll_bwd(
+            hidden.to(weight.dtype).contiguous(),
+            weight.contiguous(),
+            None if bias is None else bias.to(weight.dtype).contiguous(),
+            indptr,
+            indices,
+            values,
+            rows,
+            v,
+            d,
+            dnll,
+            needs=(need_hidden, need_weight, need_bias),
+            allow_tf32=_allow_tf32(),
+            max_bytes=max_bytes,
+        )
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),

@@ -1,0 +1,96 @@
+"""Render the README's tables from the committed JSON files.
+
+python -m bench report            write README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+STEP_ROWS = {
+    "fastvae-bf16": "**fastvae**, bf16",
+    "fastvae": "**fastvae**, fp32",
+    "embedding_bag": "embedding_bag + log_softmax, fused Adam, fp32",
+    "dense-compiled-bf16": "dense, torch.compile, fused Adam, bf16",
+    "dense-compiled": "dense, torch.compile, fused Adam, fp32",
+    "dense-bf16": "dense, fused Adam, bf16",
+    "dense-fused-adam": "dense, fused Adam, fp32",
+    "dense": "dense, fp32 (what public code does)",
+}
+
+
+def read(name: str) -> dict:
+    """A committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def step_table() -> str:
+    """Milliseconds per training step on a CPU, at ML-20M's shape."""
+    result = read("cpu_ml20m")
+    rows, machine = result["providers"], result["machine"]
+    lines = [
+        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | speed-up |",
+        "| --- | --: | --: |",
+    ]
+    for name, text in STEP_ROWS.items():
+        if name in rows:
+            ratio = rows["dense"]["ms"] / rows[name]["ms"]
+            lines.append(f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} × |")
+    return "\n".join(lines)
+
+
+def quality_table() -> str:
+    """NDCG and recall on held-out users, and memory."""
+    ml10m, ml100k, gowalla = (read(f"quality_{name}") for name in ("ml10m", "ml100k", "gowalla"))
+    lines = [
+        "| test users | model | NDCG@100 | Recall@20 | Recall@50 |",
+        "| --- | --- | --: | --: | --: |",
+    ]
+    where = (
+        f"MovieLens-10M, {ml10m['runs']['fp32']['n_evaluated']:,} users, {ml10m['epochs']} epochs"
+    )
+    names = {"fp32": "fastvae fp32", "bf16": "fastvae bf16", "dense": "dense reference fp32"}
+    for name, text in names.items():
+        run = ml10m["runs"][name]
+        lines.append(
+            f"| {where} | {text} | {run['ndcg@100']:.4f} ± {run['ndcg@100_stderr']:.4f} | "
+            f"{run['recall@20']:.4f} | {run['recall@50']:.4f} |"
+        )
+    runs = ml100k["runs"]
+    means = [
+        sum(run[key] for run in runs) / len(runs) for key in ("ndcg@100", "recall@20", "recall@50")
+    ]
+    lines.append(
+        f"| MovieLens-100K, {runs[0]['n_evaluated']} users, mean of {len(runs)} splits | fastvae fp32 | "
+        + " | ".join(f"{mean:.4f}" for mean in means)
+        + " |"
+    )
+    lines.append("")
+    lines.append(
+        f"A training epoch with validation on {gowalla['n_items']:,} items (gowalla, batch 500) peaks at "
+        f"{gowalla['peak_rss_gib']:.2f} GiB of memory in all."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"step": step_table, "quality": quality_table}
+
+
+def render(text: str) -> str:
+    """README's text with each marked part replaced by its table."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"report: README.md must hold the mark <!-- bench:{name} -->")
+        text = pattern.sub(lambda mark, table=table: mark[1] + table() + "\n" + mark[2], text)
+    return text
+
+
+def main(_: list[str]) -> None:
+    """Rewrite README.md."""
+    README.write_text(render(README.read_text()))
