@@ -18,7 +18,7 @@ import torch
 
 from bench.machine import describe
 from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, reference
-from fastvae.train import beta_at, epoch_batches
+from fastvae.train import beta_at, epoch_order
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,9 +52,9 @@ def fit_dense(model: DenseModel, train: Clicks, epochs: int, batch_size: int, se
     model.train()
     started = time.perf_counter()
     for epoch in range(epochs):
-        batches, draw_seed = epoch_batches(train.n_users, batch_size, seed, epoch)
+        order, draw_seed = epoch_order(train.n_users, seed, epoch)
         torch.manual_seed(draw_seed)
-        for ids in batches:
+        for ids in order.split(batch_size):
             clicks, dropout_seed = train.rows(ids), torch.randint(2**63 - 1, (1,))
             keep = reference.dense_keep(clicks, dropout_seed, 0.5)
             beta = beta_at(update, 0.2, 200_000)

@@ -34,13 +34,13 @@ def step_table() -> str:
     result = read("cpu_ml20m")
     rows, machine = result["providers"], result["machine"]
     lines = [
-        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | speed-up |",
+        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | times faster |",
         "| --- | --: | --: |",
     ]
     for name, text in STEP_ROWS.items():
         if name in rows:
             ratio = rows["dense"]["ms"] / rows[name]["ms"]
-            lines.append(f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} × |")
+            lines.append(f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from .clicks import Clicks
 from .data import Dataset
 from .evaluate import evaluate, ndcg_at_k, recall_at_k
 from .models import MultiDAE, MultiVAE, vae_loss_fn
-from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
+from .ops import has_triton, linear_multinomial_nll, multinomial_nll, sparse_linear
 from .recommend import recommend
 from .train import fit
 
@@ -16,6 +16,7 @@ __all__ = [
     "MultiVAE",
     "evaluate",
     "fit",
+    "has_triton",
     "linear_multinomial_nll",
     "load_model",
     "multinomial_nll",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def write_checkpoint(
 ) -> None:
     """Write a model, the external ids of its items, and any further tensors and numbers; all or nothing.
 
-    Raises: OSError (a full disk, say); whatever stood at path is still there then.
+    Raises: OSError (a full disk, say) with the file's name; whatever stood at path is still there then.
     """
     meta = {
         "format": FORMAT,
@@ -40,8 +41,15 @@ def write_checkpoint(
         "config": model.config(),
         "items": None if items is None else [str(item) for item in items],
     }
-    with replacing(Path(path)) as temporary:
-        torch.save({"meta": json.dumps(meta), "model": model.state_dict(), **state}, temporary)
+    parts = {"meta": json.dumps(meta), "model": model.state_dict(), **state}
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(parts, file)
+        except RuntimeError as error:
+            # torch's writer says "unexpected pos" where the disk said that it is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -55,8 +63,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: path must be a file, got {path}; fastvae train writes best.pt into its run folder"
         )
     try:
+        _check_archive(path)
         parts = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        _check_size(parts, path.stat().st_size)
+    except Exception as error:  # whatever a foreign file provokes, it is refused in one sentence
         raise ValueError(
             f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
         ) from error
@@ -67,7 +77,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         meta = json.loads(parts["meta"])
         version = meta["format"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"checkpoint: {path} must say its format, got a file without") from None
     if version != FORMAT:
         raise ValueError(
@@ -91,18 +101,23 @@ def load_model(
         if meta is None:
             model = _infer(weights, tanh_after_dropout)
         else:
+            if 2 * sum(len(meta["config"][dims]) - 1 for dims in ("p_dims", "q_dims")) != len(
+                weights
+            ):
+                raise ValueError("another number of layers")
             with torch.device("meta"):  # no memory before the shapes have been compared
                 model = _MODELS[meta["model"]](**meta["config"])
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         if shapes != {key: value.shape for key, value in weights.items()}:
             raise ValueError("keys or shapes differ")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        items = None if meta is None else _item_ids(meta.get("items"), model.n_items)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({error})"
         ) from error
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
-    return model.eval(), None if meta is None else meta["items"]
+    return model.eval(), items
 
 
 def _is_state_dict(parts: Any) -> bool:
@@ -111,6 +126,57 @@ def _is_state_dict(parts: Any) -> bool:
         and len(parts) > 0
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in parts.items())
     )
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive with paths outside, or that unpacks to more than its own size."""
+    if not zipfile.is_zipfile(path):
+        return  # torch before 1.6 wrote no archive; torch.load compares the sizes in such a file
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = PurePosixPath(member.filename)
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"a path outside, {member.filename!r}")
+            if (
+                member.compress_type != zipfile.ZIP_STORED
+                or member.file_size != member.compress_size
+            ):
+                raise ValueError(f"a compressed member, {member.filename!r}")
+
+
+def _check_size(parts: Any, n_bytes: int) -> None:
+    """Refuse tensors that claim more than the file has: a stride of 0 makes 10**12 rows of one number."""
+    total = 0
+    for tensor in _tensors(parts):
+        if tensor.layout != torch.strided:
+            raise ValueError("a sparse tensor")
+        total += tensor.numel() * tensor.element_size()
+    if total > n_bytes:
+        raise ValueError(f"tensors of {total} bytes in a file of {n_bytes}")
+
+
+def _tensors(parts: Any) -> Iterator[Tensor]:
+    waiting, seen = (
+        [parts],
+        set(),
+    )  # a list that holds itself, or one list a thousand times, is met once
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, Mapping | list | tuple) and id(part) not in seen:
+            seen.add(id(part))
+            waiting.extend(part.values() if isinstance(part, Mapping) else part)
+
+
+def _item_ids(items: Any, n_items: int) -> list[str] | None:
+    if items is None:
+        return None
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError("item ids that are no text")
+    if len(items) != n_items:
+        raise ValueError(f"{len(items)} item ids for {n_items} items")
+    return items
 
 
 def _infer(weights: Mapping[str, Tensor], tanh_after_dropout: bool) -> MultiVAE | MultiDAE:

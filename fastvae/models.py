@@ -231,8 +231,16 @@ class MultiVAE(_MultiModel):
         z, mu, logvar = self._sample(x)
         return z, kl_divergence(mu.float(), logvar.float())
 
-    def forward(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [n_users, n_items], mu and logvar [n_users, n_latent]; x dense float or Clicks."""
+    def forward(
+        self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """logits [n_users, n_items], mu and logvar [n_users, n_latent]; x dense float or Clicks.
+
+        With beta given, what loss(x, beta, normalize) returns, for wrappers such as DistributedDataParallel that see
+        nothing but forward. There each process must draw dropout and noise of its own: torch.manual_seed(rank).
+        """
+        if _wants_loss(self, beta, normalize):
+            return self.loss(x, beta, normalize)  # type: ignore[arg-type]
         z, mu, logvar = self._sample(_check_input(self, x))
         return self.decode(z), mu, logvar
 
@@ -261,8 +269,12 @@ class MultiDAE(_MultiModel):
         """z [n_users, n_latent] and None."""
         return self.encode(x), None
 
-    def forward(self, x: Tensor | Clicks) -> Tensor:
-        """logits [n_users, n_items]; x dense float or Clicks."""
+    def forward(
+        self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
+    ) -> Tensor:
+        """logits [n_users, n_items]; x dense float or Clicks. With beta given the loss, see MultiVAE.forward."""
+        if _wants_loss(self, beta, normalize):
+            return self.loss(x, beta, normalize)  # type: ignore[arg-type]
         return self.decode(self.encode(_check_input(self, x)))
 
 
@@ -313,6 +325,13 @@ def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) 
     if not all(0 <= p <= 1 for p in dropout):
         raise ValueError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
     return dropout
+
+
+def _wants_loss(model: _MultiModel, beta: float | Tensor | None, normalize: str) -> bool:
+    if beta is None and normalize != "none":
+        name = type(model).__name__
+        raise ValueError(f"{name}: beta must be given where normalize is {normalize!r}, got None")
+    return beta is not None
 
 
 def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:

@@ -19,23 +19,24 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._files import write_text
 from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .evaluate import evaluate
 from .models import NORMALIZE, MultiDAE, MultiVAE
+from .run import METRIC, ProgressBar, RunFolder
 
-METRIC = "ndcg@100"  # decides which epoch is best
 PRECISIONS = ("fp32", "tf32", "bf16")
+CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
+GRAPH_WARM_UP = 3  # eager steps before a CUDA graph is captured
 
 
 def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
@@ -47,13 +48,10 @@ def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
     return min(anneal_cap, update / total_anneal_steps) if total_anneal_steps > 0 else anneal_cap
 
 
-def epoch_batches(
-    n_users: int, batch_size: int, seed: int, epoch: int
-) -> tuple[tuple[Tensor, ...], int]:
-    """Row ids of an epoch's batches (epoch counted from 0), and the seed of its dropout and noise."""
+def epoch_order(n_users: int, seed: int, epoch: int) -> tuple[Tensor, int]:
+    """Row ids of an epoch (counted from 0) in its order, and the seed of its dropout and noise."""
     order_seed, draw_seed = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
-    order = torch.randperm(n_users, generator=torch.Generator().manual_seed(order_seed))
-    return order.split(batch_size), draw_seed
+    return torch.randperm(n_users, generator=torch.Generator().manual_seed(order_seed)), draw_seed
 
 
 @dataclass
@@ -97,6 +95,7 @@ def fit(
     resume: bool = False,
     items: Sequence[str] | None = None,
     progress: bool = False,
+    cuda_graph: bool = False,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
 
@@ -118,6 +117,7 @@ def fit(
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
     items       external item ids [n_items] to keep with the checkpoints
     progress    show a progress bar (extra cli)
+    cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
 
     Raises: ValueError for settings that do not fit, RuntimeError where the loss is not finite; the last good checkpoint
     is named. KeyboardInterrupt: last.pt holds the update reached.
@@ -129,12 +129,12 @@ def fit(
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
-    run = _Run(run_dir, model, settings, train.n_users, items)
+    run = RunFolder(run_dir, model, asdict(settings), train.n_users, items)
     run.check_resume() if resume else run.start()
-    trainer = _Trainer(model, train, validation, settings, run)
+    trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
     if resume:
         trainer.restore()
-    with _Bar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
+    with ProgressBar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
         trainer.run_epochs(epochs, patience, bar, interrupted)
     trainer.finish()
     return trainer.result
@@ -143,18 +143,23 @@ def fit(
 class _Trainer:
     """The state of a run: model, optimiser, position, best epoch."""
 
-    def __init__(self, model, train, validation, settings: _Settings, run: _Run):
+    def __init__(
+        self, model, train, validation, settings: _Settings, run: RunFolder, cuda_graph: bool
+    ):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
         self.optimizer = ItemMajorAdam(model, settings.lr)
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
         self.beta = 0.0  # of the latest update
-        self.sums = torch.zeros(2, dtype=torch.float64)  # nll, kld over the users of this epoch
+        # nll and kld, summed over the users of this epoch
+        self.sums = torch.zeros(2, dtype=torch.float64, device=train.device)
+        self.wants_graph = cuda_graph and train.device.type == "cuda"
+        self.graph: _GraphedStep | None = None
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
 
-    def run_epochs(self, epochs: int, patience: int | None, bar: _Bar, interrupted) -> None:
+    def run_epochs(self, epochs: int, patience: int | None, bar: ProgressBar, interrupted) -> None:
         while self.epoch < epochs and not self._out_of_patience(patience):
             whole = self._run_epoch(epochs, bar, interrupted)
             self.save_last()
@@ -165,12 +170,13 @@ class _Trainer:
     def _out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.result.best_epoch >= patience
 
-    def _run_epoch(self, epochs: int, bar: _Bar, interrupted) -> bool:
+    def _run_epoch(self, epochs: int, bar: ProgressBar, interrupted) -> bool:
         """Train an epoch from where it stands; False where it was interrupted before its end."""
         begin, started = self.batch, time.perf_counter()
         s = self.settings
-        batches, draw_seed = epoch_batches(self.train.n_users, s.batch_size, s.seed, self.epoch)
+        order, draw_seed = epoch_order(self.train.n_users, s.seed, self.epoch)
         device = self.train.device
+        batches = order.to(device).split(s.batch_size)
         self.model.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -179,10 +185,13 @@ class _Trainer:
             torch.manual_seed(draw_seed)
             if self.rng is not None:
                 _set_rng(device, self.rng)
-            for ids in batches[begin:]:
+            for n, ids in enumerate(batches[begin:]):
+                if self.wants_graph and n == GRAPH_WARM_UP:
+                    self._capture()
                 self._step(ids)
                 bar.batch_done(self, epochs, len(ids))
                 if interrupted() and self.batch < len(batches):
+                    self._check_finite()
                     self.rng = _get_rng(device)
                     return False
         n_users = sum(len(ids) for ids in batches[begin:])
@@ -191,24 +200,63 @@ class _Trainer:
 
     def _step(self, ids: Tensor) -> None:
         s = self.settings
-        self.beta = beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
-        clicks = self.train.rows(ids)
-        with torch.autocast(clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-            nll, kld = self.model.loss_terms(clicks, s.normalize)
-        loss = (nll + beta * kld).mean()
-        sums = torch.stack((nll.detach().double().sum(), kld.detach().double().sum())).cpu()
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"fit: loss must be finite, got {loss.item()} at update {self.update} "
-                f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {self.run.advice()}"
-            )
-        loss.backward()
-        self.optimizer.step()
-        self.sums += sums
+        self.beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
+        if self.graph is not None and len(ids) == s.batch_size:
+            self.graph.replay(ids, self.beta)
+        else:
+            self.compute(self.train.rows(ids), self.beta)
         self.update += 1
         self.batch += 1
+        # a GPU is asked now and then: each question waits for it
+        if self.update % CHECK_EVERY == 0:
+            self._check_finite()
+
+    def compute(self, clicks: Clicks, beta: float | Tensor) -> None:
+        """Forward, backward and optimiser on one batch; what a CUDA graph captures."""
+        s = self.settings
+        with torch.autocast(
+            clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False
+        ):
+            nll, kld = self.model.loss_terms(clicks, s.normalize)
+        loss = (nll + beta * kld).mean()
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            raise self._not_finite(loss.item())  # before the weights are touched
+        loss.backward()
+        self.optimizer.step()
+        self.sums += torch.stack((nll.detach().double().sum(), kld.detach().double().sum()))
+
+    def _capture(self) -> None:
+        """Capture the step once; the eager steps before it have warmed everything up."""
+        self.wants_graph = False
+        try:
+            self.graph = _GraphedStep(self)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"fit: the step could not be captured as a CUDA graph, eager steps go on ({reason})"
+            )
+
+    def _check_finite(self) -> None:
+        total = self.sums.sum().item()
+        if not math.isfinite(total):
+            raise self._not_finite(total)
+        # a finite loss may have had a gradient that is not: such weights are never saved
+        if not all(
+            torch.linalg.vector_norm(p, math.inf).isfinite() for p in self.model.parameters()
+        ):
+            raise RuntimeError(
+                f"fit: weights must be finite, got nan or inf after update {self.update} "
+                f"(epoch {self.epoch + 1}); {self.run.advice()}"
+            )
+
+    def _not_finite(self, value: float) -> RuntimeError:
+        return RuntimeError(
+            f"fit: loss must be finite, got {value} at update {self.update} "
+            f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {self.run.advice()}"
+        )
 
     def _end_epoch(self, users_per_second: float) -> None:
+        self._check_finite()
         self.epoch += 1
         self.batch, self.rng = 0, None
         nll, kld = (self.sums / self.train.n_users).tolist()
@@ -251,7 +299,7 @@ class _Trainer:
             "position": [self.epoch, self.batch, self.update],
             "sums": self.sums,
             "history": json.dumps(self.result.history),
-            "best": [self.result.best_epoch, self.result.best_metric],
+            "best": [self.result.best_epoch, float(self.result.best_metric)],
             "rng": self.rng,
         }
         write_checkpoint(self.run.folder / "last.pt", self.model, self.run.items, **state)
@@ -259,14 +307,44 @@ class _Trainer:
     def restore(self) -> None:
         """Take up the state of last.pt."""
         assert self.run.folder is not None
-        state = read_checkpoint(self.run.folder / "last.pt")
+        path = self.run.folder / "last.pt"
+        state = read_checkpoint(path)
+        self.run.check_items(state.get("meta", {}).get("items"))
+        try:
+            self._take_up(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"fit: {path} must hold the state of this run, got another file ({reason[:200]})"
+            ) from error
+        self.run.rewrite_metrics(self.result.history)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.adam.load_state_dict(state["optimizer"])
         self.epoch, self.batch, self.update = state["position"]
-        self.sums, self.rng = state["sums"], state["rng"]
+        self.sums.copy_(state["sums"])
+        self.rng = state["rng"]
         self.result.history = json.loads(state["history"])
         self.result.best_epoch, self.result.best_metric = state["best"]
-        self.run.rewrite_metrics(self.result.history)
+
+
+class _GraphedStep:
+    """A training step as one CUDA graph; only the row ids and beta change between replays."""
+
+    def __init__(self, trainer: _Trainer):
+        device = trainer.train.device
+        self.ids = torch.zeros(trainer.settings.batch_size, dtype=torch.int64, device=device)
+        self.beta = torch.zeros((), device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self.graph):
+            trainer.compute(trainer.train.rows(self.ids), self.beta)
+
+    def replay(self, ids: Tensor, beta: float) -> None:
+        """Run the step on a batch of row ids on the device."""
+        self.ids.copy_(ids)
+        self.beta.fill_(beta)
+        self.graph.replay()
 
 
 class ItemMajorAdam:
@@ -275,7 +353,8 @@ class ItemMajorAdam:
     def __init__(self, model: nn.Module, lr: float):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.views = [nn.Parameter(_row_major(p.detach())) for p in self.parameters]
-        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True)
+        on_gpu = self.views[0].is_cuda
+        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True, capturable=on_gpu)
 
     def step(self) -> None:
         for p, view in zip(self.parameters, self.views, strict=True):
@@ -328,160 +407,6 @@ def _held_interrupt() -> Iterator[Any]:
         yield flag.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class _Run:
-    """The run folder: config.json, metrics.jsonl, curve.png, and the advice of messages; folder may be None."""
-
-    def __init__(self, folder, model, settings: _Settings, n_users: int, items):
-        self.folder = None if folder is None else Path(folder)
-        self.items = items
-        self.config = {
-            "model": type(model).__name__,
-            **model.config(),
-            "n_users": n_users,
-            **asdict(settings),
-        }
-
-    def start(self) -> None:
-        """Make the folder; it must not hold a run already."""
-        if self.folder is None:
-            return
-        if (self.folder / "last.pt").exists():
-            raise ValueError(
-                f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
-                "resume that run or name another folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
-        self.rewrite_metrics([])
-
-    def check_resume(self) -> None:
-        """ValueError unless the folder holds a run of the same settings."""
-        if self.folder is None:
-            raise ValueError("fit: run_dir must be given to resume, got None")
-        path = self.folder / "config.json"
-        if not path.exists() or not (self.folder / "last.pt").exists():
-            raise ValueError(
-                f"fit: run_dir must hold a run to resume, got {self.folder}; train without resume first"
-            )
-        then = json.loads(path.read_text())
-        for name, value in self.config.items():
-            if then.get(name) != value:
-                raise ValueError(
-                    f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
-                )
-
-    def advice(self) -> str:
-        """What to do about a loss that is not finite."""
-        if self.folder is None or not (self.folder / "last.pt").exists():
-            return "lower lr"
-        return f"lower lr; the last good checkpoint is {self.folder / 'last.pt'}"
-
-    def interrupt_message(self, epoch: int, batch: int) -> str:
-        """Where an interrupted run stands."""
-        where = f"after {epoch} epochs" + (f" and {batch} batches" if batch else "")
-        if self.folder is None:
-            return f"stopped {where}"
-        return f"stopped {where}; saved in {self.folder / 'last.pt'}, resume to go on"
-
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add an epoch's line."""
-        if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
-        """All lines anew: a kill between a line and its checkpoint leaves one too many."""
-        if self.folder is not None:
-            text = "".join(json.dumps(row) + "\n" for row in history)
-            write_text(self.folder / "metrics.jsonl", text)
-
-    def draw_curve(self, history: list[dict[str, Any]]) -> None:
-        """Write curve.png, where matplotlib (extra cli) is there."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return
-        if self.folder is None or not history:
-            return
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axis = figure.subplots()
-        epoch = [row["epoch"] for row in history]
-        axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
-        axis.set(xlabel="epoch", title=f"{self.config['model']}, {self.folder.name}")
-        axis.set_ylabel("training loss (nats per user)", color="tab:blue")
-        if METRIC in history[0]:
-            right = axis.twinx()
-            right.plot(epoch, [row[METRIC] for row in history], color="tab:orange", marker=".")
-            right.set_ylabel("validation NDCG@100", color="tab:orange")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-
-
-class _Bar:
-    """Progress on stderr: a live bar with ETA, and a line per epoch; nothing where progress is off."""
-
-    def __init__(self, shown: bool, epochs: int, n_users: int):
-        self.progress = None
-        if not shown:
-            return
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError:
-            raise ValueError(
-                "fit: progress must be False without rich; pip install 'fastvae-cf[cli]'"
-            ) from None
-        columns = (
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
-        )
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task("", total=epochs * n_users, epoch="", state="")
-        self.metric, self.started, self.seen = "", time.perf_counter(), 0
-
-    def __enter__(self) -> _Bar:
-        if self.progress is not None:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def batch_done(self, trainer: _Trainer, epochs: int, n_users: int) -> None:
-        """Move the bar on by a batch."""
-        if self.progress is None:
-            return
-        self.seen += n_users
-        users = min(trainer.batch * trainer.settings.batch_size, trainer.train.n_users)
-        nll, kld = (trainer.sums / users).tolist()
-        rate = self.seen / (time.perf_counter() - self.started)
-        state = f"loss {nll + trainer.beta * kld:.2f}  nll {nll:.2f}  kld {kld:.2f}  beta {trainer.beta:.3f}  {self.metric}{rate:,.0f} users/s"
-        done = trainer.epoch * trainer.train.n_users + users
-        self.progress.update(
-            self.task, completed=done, epoch=f"{trainer.epoch + 1}/{epochs}", state=state
-        )
-
-    def epoch_done(self, result: FitResult, epochs: int) -> None:
-        """Print the epoch's line."""
-        if self.progress is None:
-            return
-        row = result.history[-1]
-        if METRIC in row:
-            best = "  best" if result.best_epoch == row["epoch"] else ""
-            self.metric = f"NDCG@100 {row[METRIC]:.4f}  "
-        else:
-            best = ""
-        self.progress.console.print(
-            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.2f}  nll {row['nll']:.2f}  "
-            f"kld {row['kld']:.2f}  beta {row['beta']:.3f}  {self.metric}"
-            f"{row['users_per_second']:,.0f} users/s{best}",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def _check_fit(model, train, validation, settings: _Settings, epochs, patience, items) -> None:

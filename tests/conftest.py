@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve one another on a busy machine
+
 import torch
 
 # triton reads this when a kernel is decorated, so it has to be set before the first import of fastvae.kernels

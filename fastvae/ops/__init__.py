@@ -1,7 +1,8 @@
 """The ops: one file each, named as in kernels/ and in reference.py."""
 
+from ._checks import has_triton
 from .linear_multinomial_nll import linear_multinomial_nll
 from .multinomial_nll import multinomial_nll
 from .sparse_linear import sparse_linear
 
-__all__ = ["linear_multinomial_nll", "multinomial_nll", "sparse_linear"]
+__all__ = ["has_triton", "linear_multinomial_nll", "multinomial_nll", "sparse_linear"]

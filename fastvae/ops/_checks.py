@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ def check_kernel_dtypes(op: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op}: {name} must be float32, bfloat16, float16 on a GPU, got {dtype_name(tensor.dtype)}"
             )
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported; only a GPU needs it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def kernels_of(op: str) -> Any:

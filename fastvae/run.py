@@ -1,0 +1,197 @@
+"""What fit() shows and leaves behind: the run folder with its files, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ._files import naming, remove_leftovers, write_text
+
+METRIC = "ndcg@100"  # decides which epoch is best
+SECONDS_BETWEEN = 0.1  # two movements of the bar
+_MAX_JSON = 2**20  # bytes of config.json; ours have five hundred
+
+
+class RunFolder:
+    """The run folder: config.json, metrics.jsonl, curve.png, and the advice of messages; folder may be None."""
+
+    def __init__(self, folder, model, settings: dict[str, Any], n_users: int, items):
+        self.folder = None if folder is None else Path(folder)
+        self.items = items
+        self.config = {
+            "model": type(model).__name__,
+            **model.config(),
+            "n_users": n_users,
+            **settings,
+        }
+
+    def start(self) -> None:
+        """Make the folder; it must not hold a run already."""
+        if self.folder is None:
+            return
+        if (self.folder / "last.pt").exists():
+            raise ValueError(
+                f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
+                "resume that run or name another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        write_text(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        self.rewrite_metrics([])
+
+    def check_resume(self) -> None:
+        """ValueError unless the folder holds a run of the same settings."""
+        if self.folder is None:
+            raise ValueError("fit: run_dir must be given to resume, got None")
+        path = self.folder / "config.json"
+        if not path.exists() or not (self.folder / "last.pt").exists():
+            raise ValueError(
+                f"fit: run_dir must hold a run to resume, got {self.folder}; train without resume first"
+            )
+        then = _read_config(path)
+        for name, value in self.config.items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
+                )
+        remove_leftovers(self.folder)
+
+    def check_items(self, then: list[str] | None) -> None:
+        """ValueError where the run to resume had other items, or had them in another order."""
+        if then is None or self.items is None:
+            return
+        for n, (old, new) in enumerate(zip(then, self.items, strict=False)):
+            if old != str(new):
+                raise ValueError(
+                    f"fit: items must be those of the run to resume, in its order, got {str(new)!r} "
+                    f"for {old!r} at position {n}; pass the data of that run"
+                )
+
+    def advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        if self.folder is None or not (self.folder / "last.pt").exists():
+            return "lower lr"
+        return f"lower lr; the last good checkpoint is {self.folder / 'last.pt'}"
+
+    def interrupt_message(self, epoch: int, batch: int) -> str:
+        """Where an interrupted run stands."""
+        where = f"after {epoch} epochs" + (f" and {batch} batches" if batch else "")
+        if self.folder is None:
+            return f"stopped {where}"
+        return f"stopped {where}; saved in {self.folder / 'last.pt'}, resume to go on"
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+        if self.folder is not None:
+            path = self.folder / "metrics.jsonl"
+            with naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
+        """All lines anew: a kill between a line and its checkpoint leaves one too many."""
+        if self.folder is not None:
+            text = "".join(json.dumps(row) + "\n" for row in history)
+            write_text(self.folder / "metrics.jsonl", text)
+
+    def draw_curve(self, history: list[dict[str, Any]]) -> None:
+        """Write curve.png, where matplotlib (extra cli) is there."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        if self.folder is None or not history:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        epoch = [row["epoch"] for row in history]
+        axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
+        axis.set(xlabel="epoch", title=f"{self.config['model']}, {self.folder.name}")
+        axis.set_ylabel("training loss (nats per user)", color="tab:blue")
+        if METRIC in history[0]:
+            right = axis.twinx()
+            right.plot(epoch, [row[METRIC] for row in history], color="tab:orange", marker=".")
+            right.set_ylabel("validation NDCG@100", color="tab:orange")
+        figure.savefig(self.folder / "curve.png", dpi=120)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_JSON else None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"fit: {path} must be a run's settings in JSON, got something else; name another folder and train anew"
+        )
+    return config
+
+
+class ProgressBar:
+    """Progress on stderr: a live bar with ETA, and a line per epoch; nothing where progress is off."""
+
+    def __init__(self, shown: bool, epochs: int, n_users: int):
+        self.progress = None
+        if not shown:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError:
+            raise ValueError(
+                "fit: progress must be False without rich; pip install 'fastvae-cf[cli]'"
+            ) from None
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task("", total=epochs * n_users, epoch="", state="")
+        self.metric, self.started, self.seen, self.drawn = "", time.perf_counter(), 0, 0.0
+
+    def __enter__(self) -> ProgressBar:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def batch_done(self, trainer: Any, epochs: int, n_users: int) -> None:
+        """Move the bar on by a batch."""
+        if self.progress is None:
+            return
+        self.seen += n_users
+        if time.perf_counter() - self.drawn < SECONDS_BETWEEN:
+            return  # reading the sums waits for a GPU
+        self.drawn = time.perf_counter()
+        users = min(trainer.batch * trainer.settings.batch_size, trainer.train.n_users)
+        nll, kld = (trainer.sums / users).tolist()
+        rate = self.seen / (time.perf_counter() - self.started)
+        state = f"loss {nll + trainer.beta * kld:.2f}  nll {nll:.2f}  kld {kld:.2f}  beta {trainer.beta:.3f}  {self.metric}{rate:,.0f} users/s"
+        done = trainer.epoch * trainer.train.n_users + users
+        self.progress.update(
+            self.task, completed=done, epoch=f"{trainer.epoch + 1}/{epochs}", state=state
+        )
+
+    def epoch_done(self, result: Any, epochs: int) -> None:
+        """Print the epoch's line."""
+        if self.progress is None:
+            return
+        row = result.history[-1]
+        if METRIC in row:
+            best = "  best" if result.best_epoch == row["epoch"] else ""
+            self.metric = f"NDCG@100 {row[METRIC]:.4f}  "
+        else:
+            best = ""
+        self.progress.console.print(
+            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.2f}  nll {row['nll']:.2f}  "
+            f"kld {row['kld']:.2f}  beta {row['beta']:.3f}  {self.metric}"
+            f"{row['users_per_second']:,.0f} users/s{best}",
+            highlight=False,
+            soft_wrap=True,
+        )
