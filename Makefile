@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m bench run
+	$(BIN)/python -m pytest bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,275 @@
+"""What every kernel costs on every chip of the table, from an ahead-of-time compile; no GPU is needed.
+
+    python -m bench resources > bench/results/resources.txt
+    python -m bench resources --json
+
+A case is a kernel with argument types and one configuration of fastvae.kernels.tiles. The columns are counted in the
+compiled code: registers and bytes of stack (where spills go) of a thread, bytes of shared memory, matrix instructions,
+global loads and stores of 16 bytes, those of a single 2-byte number, and atomics on several numbers at once.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+}
+if "amd" in backends:
+    TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+# the outer layers of ML-20M's model: 600 hidden units; 20,108 items, in a buffer padded to 20,224
+N_HIDDEN, N_PADDED = 600, 20_224
+TYPES = {
+    "indptr_ptr": "*i64",
+    "indices_ptr": "*i32",
+    "rows_ptr": "*i64",
+    "seed_ptr": "*i64",
+    "marks_ptr": "*i32",
+    "keep_scale": "fp32",
+}
+
+
+class Case(NamedTuple):
+    """A kernel with one tile of the table, and what to expect of its code.
+
+    arguments holds types of runtime arguments (None: left out) and values of constexprs; what it lacks comes from the
+    tile, from TYPES, or else is a pointer to fp32 or an int32.
+    """
+
+    kernel: Any
+    detail: str
+    tile: Any  # of fastvae.kernels.tiles, or FixedTile
+    arguments: dict[str, Any]
+    tensor_core: bool = False  # holds a product that tensor cores can do
+    wide: bool = True  # reads or writes tiles, 16 bytes at a time
+    atomics: bool = False  # adds to several numbers at once
+    # loads and stores of blocks of 2-byte numbers that lie alone, a click's or an item's, and the size of the blocks
+    singles: tuple[int, str] = (0, "num_warps")
+
+
+class FixedTile(NamedTuple):
+    """Launch configuration of a small kernel that has no entry in the table."""
+
+    block: int
+    block_nnz: int
+    num_warps: int
+
+
+def multinomial_nll_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/multinomial_nll.py."""
+    module = multinomial_nll
+    forward, backward = tiles.forward_row_tile(chip), tiles.backward_row_tile(chip)
+    # rows aligned to 16 numbers as in a padded buffer, or to 4 as in a tensor of 20,108 columns
+    for dtype, align in (("bf16", 16), ("bf16", 4), ("fp32", 4)):
+        pointers = {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}", "ALIGN": align}
+        whole = pointers | {"parts_ptr": None, "BLOCK_SPLITS": 1}
+        parts = pointers | {"BLOCK_SPLITS": 16}
+        detail, wide = f"{dtype}, rows aligned to {align}", dtype == "fp32" or align == 16
+        kernel, singles = module._multinomial_nll_fwd_kernel, (1, "block_nnz")
+        yield Case(kernel, detail, forward, whole, wide=wide, singles=singles)
+        yield Case(module._multinomial_nll_split_kernel, detail, forward, parts, wide=wide)
+        kernel, singles = module._multinomial_nll_bwd_kernel, (2, "block_i")
+        yield Case(kernel, detail, backward, parts, wide=wide, singles=singles)
+    parts = {"ALIGN": 16, "BLOCK_SPLITS": 16}
+    yield Case(module._multinomial_nll_fwd_kernel, "fp32, 16 splits", forward, parts, wide=False)
+
+
+def linear_multinomial_nll_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/linear_multinomial_nll.py."""
+    module = linear_multinomial_nll
+    for kind, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
+        stored = "bf16" if dtype == "bf16" else "fp32"
+        common = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
+        common |= {"e_ptr": f"*{stored}", "N_HIDDEN": N_HIDDEN, "N_PADDED": N_PADDED}
+        gemm = common | {"bias_ptr": "*fp32", "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+        gemm |= {"E_DTYPE": tl.bfloat16 if stored == "bf16" else tl.float32, "RAISED": False}
+        kernel, core = module._exp_gemm_kernel, kind != "ieee"
+        variants = {"": {}, ", raised": {"RAISED": True}}  # a training step launches both
+        if kind in ("bf16", "ieee"):
+            variants[", no grad"] = {"e_ptr": None}
+        for tile in dict.fromkeys(tiles.gemm_tile(chip, kind, n) for n in (1, tiles.MANY_USERS)):
+            for variant, more in variants.items():
+                detail = f"{kind} {tile.block_u}x{tile.block_i}x{tile.block_d}{variant}"
+                yield Case(kernel, detail, tile, gemm | more, tensor_core=core)
+        if kind in ("fp16", "tf32"):
+            continue  # the other kernels know the dtype only
+        kernel, singles = module._clicks_kernel, (3, "block_nnz")
+        tile = tiles.click_tile(chip, True)
+        yield Case(kernel, f"{dtype}, from E", tile, common, wide=False, singles=singles)
+        tile, singles, gathered = tiles.click_tile(chip, False), (2, "block_nnz"), {"e_ptr": None}
+        yield Case(kernel, f"{dtype}, from weight rows", tile, common | gathered, singles=singles)
+        kernel, tile = module._prepare_kernel, FixedTile(module.N_PROBE, 0, 4)
+        yield Case(kernel, dtype, tile, common, wide=False, singles=(2, "block"))
+
+
+def sparse_linear_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/sparse_linear.py."""
+    module, no_values = sparse_linear, {"values_ptr": None}
+    shape = {"N_HIDDEN": N_HIDDEN, "STRIDE_DPRE_U": N_HIDDEN, "STRIDE_DPRE_D": 1}
+    shape |= {"NORMALIZE": True, "TANH": True, "TANH_INPUT": False}
+    per_click = FixedTile(0, tiles.CLICKS_PER_BLOCK, 4)
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        common = shape | dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr", "dpre_ptr"), f"*{dtype}")
+        forward = tiles.sparse_linear_forward_tile(chip, torch_dtype)
+        backward = tiles.sparse_linear_backward_tile(chip)
+        item = tiles.sparse_linear_item_tile(chip)
+        parts = {"N_PARTS": triton.cdiv(N_HIDDEN, backward.block_d)}
+        for detail, more in ((f"{dtype}, values", {}), (dtype, no_values)):
+            arguments = common | parts | more
+            kernel = module._sparse_linear_fwd_kernel
+            yield Case(kernel, detail, forward, arguments)
+            kernel = module._sparse_linear_bwd_weight_kernel
+            yield Case(kernel, detail, backward, arguments, wide=False, atomics=True)
+            kernel = module._sparse_linear_bwd_weight_ordered_kernel
+            yield Case(kernel, detail, item, arguments)
+        yield Case(module._click_products_kernel, dtype, backward, common)
+    yield Case(module._mark_clicks_kernel, "any", per_click, {}, wide=False)
+    yield Case(module._sparse_linear_bwd_values_kernel, "any", per_click, shape, wide=False)
+
+
+CASES = (sparse_linear_cases, multinomial_nll_cases, linear_multinomial_nll_cases)
+
+
+def compile_case(case: Case, chip: str) -> Any:
+    """Triton's CompiledKernel of a case; pointers are taken as aligned to 16 bytes, as torch's are."""
+    given = (
+        {name.upper(): value for name, value in case.tile._asdict().items()}
+        | TYPES
+        | case.arguments
+    )
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        argument = given.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        if parameter.is_constexpr or argument is None:
+            signature[name], constants[position,] = "constexpr", given[name]
+        else:
+            signature[name] = argument
+        if not parameter.is_constexpr and name.endswith("_ptr"):
+            attributes[position,] = [["tt.divisibility", 16]]
+    options = {"num_warps": case.tile.num_warps, "num_stages": getattr(case.tile, "num_stages", 3)}
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[chip], options=options)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _cuda_resources(compiled: Any) -> dict[str, Any]:
+    """Registers and stack from the machine code, instructions from PTX."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
+    matrix = {
+        name: _count(rf"\b{name}\.", ptx) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+    }
+    sixteen = r"[\w.:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)\b"
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "matrix": {name: count for name, count in matrix.items() if count},
+        "loads_16": _count(rf"\bld\.global{sixteen}", ptx)
+        + _count(r"\bcp\.async\.cg\.shared\.global.*, 0x10", ptx),
+        "stores_16": _count(rf"\bst\.global{sixteen}", ptx),
+        "singles": _count(r"\b(?:ld|st)\.global(?:\.(?!v\d)\w+)*\.[bu]16\b", ptx),
+        "wide_atomics": _count(r"\b(?:atom|red)\.global[\w.:]*\.v[24]\.f32\b", ptx),
+    }
+
+
+def _hip_resources(compiled: Any) -> dict[str, Any]:
+    code = compiled.asm["amdgcn"]
+    matrix = _count(r"\bv_mfma", code)
+    access = r"\b(?:global|buffer|flat)_"
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "stack": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
+        "matrix": {"mfma": matrix} if matrix else {},
+        "loads_16": _count(rf"{access}load_dwordx4\b", code),
+        "stores_16": _count(rf"{access}store_dwordx4\b", code),
+        "singles": _count(rf"{access}(?:load|store)_(?:[us]?short|short_d16)\w*", code),
+        "wide_atomics": _count(rf"{access}atomic_pk_add", code),
+    }
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """One row of the table for each case and chip."""
+    for cases in CASES:
+        for chip, target in TARGETS.items():
+            for case in cases(chip):
+                compiled = compile_case(case, chip)
+                resources = _cuda_resources if target.backend == "cuda" else _hip_resources
+                count, block = case.singles
+                lanes = case.tile.num_warps * target.warp_size
+                singles = count * max(1, getattr(case.tile, block) // lanes)
+                yield {
+                    "op": case.kernel.__module__.rpartition(".")[2],
+                    "kernel": case.kernel.__name__.strip("_").removesuffix("_kernel"),
+                    "case": case.detail,
+                    "chip": chip,
+                    "warps": case.tile.num_warps,
+                    **resources(compiled),
+                    "shared": compiled.metadata.shared,
+                    "expected": {
+                        "tensor_core": case.tensor_core,
+                        "wide": case.wide,
+                        "singles": singles,
+                        "atomics": case.atomics,
+                    },
+                }
+
+
+COLUMNS = (
+    "kernel case chip warps registers stack shared matrix loads_16 stores_16 singles wide_atomics"
+).split()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text in columns."""
+    lines = [COLUMNS]
+    for row in rows:
+        matrix = " ".join(f"{name} {count}" for name, count in row["matrix"].items())
+        cells = row | {"matrix": matrix or "-"}
+        lines.append([str(cells[column]) for column in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    text = ["  ".join(cells).rstrip() for cells in padded]
+    return "\n".join([f"triton {triton.__version__}", "", *text]) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table, or with --json its rows."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench resources", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print rows with what is expected of each as JSON"
+    )
+    as_json = parser.parse_args(arguments).json
+    if triton.knobs.runtime.interpret:
+        sys.exit(
+            "python -m bench resources: unset TRITON_INTERPRET, an interpreted kernel has no code"
+        )
+    rows = list(measure())
+    sys.stdout.write(json.dumps(rows, indent=1) + "\n" if as_json else table(rows))
