@@ -5,8 +5,11 @@ import sys
 
 COMMANDS = {
     "ratio": "training steps of fastvae and of the usual ways, side by side",
+    "gpu": "on a GPU: its tests, step times at every shape and the tile search, within eight minutes",
+    "tune": "search the launch configurations on a GPU and print the table",
     "report": "write the tables of README.md from bench/results",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
+    "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",
 }
 
