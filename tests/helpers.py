@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from fastvae import reference
-from fastvae.clicks import Clicks, gather_rows
+from fastvae.clicks import Clicks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 dots are wrong in the interpreter (bit patterns are multiplied), so bf16 runs on a GPU only
@@ -46,13 +45,3 @@ def random_clicks(lengths, n_items, seed=0, counts=False):
 def many_users(lengths, dtype):
     """The same users 24 times over in half precision: one user's rounding is luck, for the op and for torch alike."""
     return lengths * 24 if dtype in (torch.float16, torch.bfloat16) else lengths
-
-
-def dense_keep(clicks, seed, dropout):
-    """The keep mask as a dense [n_users, n_items]."""
-    part = clicks.compact()
-    mask = torch.zeros(part.shape, dtype=torch.bool)
-    users = torch.repeat_interleave(part.row_lengths())
-    _, position = gather_rows(clicks.indptr, clicks.row_ids)
-    mask[users, part.indices.long()] = reference.dropout_keep(seed, position, dropout)
-    return mask

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate_as_torch, dense_keep, random_clicks
+from helpers import assert_as_accurate_as_torch, random_clicks
 
 from fastvae import Clicks, MultiDAE, MultiVAE, reference, vae_loss_fn
 
@@ -35,7 +35,9 @@ def dense_loss(dense, clicks, beta):
     noise = None
     if dense.two_heads:
         noise = torch.randn(len(clicks), dense.decoder[0].in_features).to(dtype)
-    return dense.loss(clicks.to_dense().to(dtype), beta, dense_keep(clicks, seed, 0.5), noise)
+    return dense.loss(
+        clicks.to_dense().to(dtype), beta, reference.dense_keep(clicks, seed, 0.5), noise
+    )
 
 
 @pytest.mark.parametrize("make", MODELS)

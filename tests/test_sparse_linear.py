@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_as_accurate_as_torch, dense_keep, many_users, random_clicks
+from helpers import assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, reference, sparse_linear
 from fastvae.ops.sparse_linear import ITEMS_PER_BLOCK, _sparse_linear
@@ -49,7 +49,7 @@ def test_equals_the_reference(lengths, n_items, dtype, counts):
         (0.5, False, False, False),
         (1.0, True, False, False),
     ]:
-        keep = dense_keep(clicks, seed, dropout)
+        keep = reference.dense_keep(clicks, seed, dropout)
         options = {
             "dropout": dropout,
             "normalize": normalize,
