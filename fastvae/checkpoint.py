@@ -71,9 +71,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
         ) from error
     if _is_state_dict(parts):
-        return {"model": parts}
+        # DistributedDataParallel and DataParallel put their own name in front
+        return {"model": {key.removeprefix("module."): value for key, value in parts.items()}}
     if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
-        raise ValueError(f"checkpoint: {path} must hold a model's state_dict, got none")
+        got = f"the keys {', '.join(map(str, parts))}"[:120] if isinstance(parts, dict) else "none"
+        raise ValueError(
+            f"checkpoint: {path} must hold a model's state_dict, got {got}; torch.save the state_dict alone"
+        )
     try:
         meta = json.loads(parts["meta"])
         version = meta["format"]
@@ -108,8 +112,9 @@ def load_model(
             with torch.device("meta"):  # no memory before the shapes have been compared
                 model = _MODELS[meta["model"]](**meta["config"])
         shapes = {key: value.shape for key, value in model.state_dict().items()}
-        if shapes != {key: value.shape for key, value in weights.items()}:
-            raise ValueError("keys or shapes differ")
+        if shapes != (got := {key: value.shape for key, value in weights.items()}):
+            other = next(key for key in [*shapes, *got] if shapes.get(key) != got.get(key))
+            raise ValueError(f"{other} is {_shape(got, other)}, not {_shape(shapes, other)}")
         items = None if meta is None else _item_ids(meta.get("items"), model.n_items)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
@@ -118,6 +123,10 @@ def load_model(
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
     return model.eval(), items
+
+
+def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
+    return str(list(shapes[key])) if key in shapes else "missing"
 
 
 def _is_state_dict(parts: Any) -> bool:

@@ -18,7 +18,7 @@ from .checkpoint import load_model
 from .clicks import Clicks
 from .data import Dataset, check_writable, map_items, split_dataset
 from .evaluate import METRICS, Evaluation, Popularity, evaluate
-from .events import read_events
+from .events import DROPPED, Events, read_events
 from .export import write_recommendations
 from .models import MultiDAE, MultiVAE
 from .recommend import recommend_blocks
@@ -46,6 +46,17 @@ UserColumn = Annotated[
 ItemColumn = Annotated[
     str | None, typer.Option("--item", help="Column of the item ids.", show_default="guessed")
 ]
+RatingColumn = Annotated[
+    str | None, typer.Option("--rating", help="Column of the ratings.", show_default="guessed")
+]
+MinRating = Annotated[
+    float | None, typer.Option(help="Keep events rated at least this.", show_default="all but 0")
+]
+Separator = Annotated[str | None, typer.Option(help="Column separator.", show_default="guessed")]
+Header = Annotated[
+    bool | None,
+    typer.Option(help="Whether the first line names the columns.", show_default="guessed"),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
 ]
@@ -60,15 +71,15 @@ def prepare(
     folder: Annotated[Path, typer.Argument(help="Dataset folder to write.")],
     user: UserColumn = None,
     item: ItemColumn = None,
-    rating: Annotated[str | None, typer.Option(help="Column of the ratings.", show_default="guessed")] = None,
-    min_rating: Annotated[float | None, typer.Option(help="Keep events rated at least this.", show_default="all")] = None,
+    rating: RatingColumn = None,
+    min_rating: MinRating = None,
     min_user_clicks: Annotated[int, typer.Option(help="Drop users with fewer items.")] = 5,
     min_item_clicks: Annotated[int, typer.Option(help="Drop items with fewer users, before the users are counted.")] = 0,
     heldout: Annotated[str, typer.Option(help="Users for validation, and as many for test: a count, or a fraction such as 0.1.")] = "0.1",
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     counts: Annotated[bool, typer.Option("--counts", help="Keep how often a user clicked an item.")] = False,
-    separator: Annotated[str | None, typer.Option(help="Column separator.", show_default="guessed")] = None,
-    header: Annotated[bool | None, typer.Option(help="Whether the first line names the columns.", show_default="guessed")] = None,
+    separator: Separator = None,
+    header: Header = None,
 ) -> None:  # fmt: skip
     """Turn a click log into a dataset folder: train, validation and test users, with what was dropped and why."""
     check_writable(folder)  # before minutes of work
@@ -99,7 +110,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Users per update.")] = 500,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     anneal_cap: Annotated[float, typer.Option(help="Largest weight beta of the KL term.")] = 0.2,
-    total_anneal_steps: Annotated[int, typer.Option(help="Updates after which beta would be 1; 0: beta is the cap from the start.")] = 200_000,
+    total_anneal_steps: Annotated[int, typer.Option(help="Updates after which beta would be 1. The default is the paper's, for a million users; 0, beta at the cap from the start, suits small data.")] = 200_000,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better NDCG@100.", show_default="never")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or tf32 on a GPU.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of initial weights, order of users, dropout and noise.")] = 0,
@@ -108,9 +119,12 @@ def train(
 ) -> None:  # fmt: skip
     """Train a model; the run folder gets config, metrics, best and last checkpoint and the learning curve."""
     data = Dataset.load(dataset)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"train: seed must lie in [0, 2**63), got {seed}")
     torch.manual_seed(seed)
     net = _model(model, hidden, latent, dropout, data.n_items).to(_device(device))
-    result = fit(
+    result = _saying_where_it_stopped(
+        fit,
         net,
         data.train,
         (data.vad_tr, data.vad_te) if len(data.users_vad) else None,
@@ -127,8 +141,11 @@ def train(
         items=list(data.items),
         progress=True,
     )
-    best = f"best epoch {result.best_epoch}" if result.history else "no epoch trained"
-    if len(data.users_vad) and result.history:
+    if not result.history:
+        out.print("no epoch trained", highlight=False)
+        return
+    best = f"best epoch {result.best_epoch}"
+    if len(data.users_vad):
         best += f", validation NDCG@100 {result.best_metric:.4f}"
     out.print(
         f"{best}; wrote {run / 'best.pt'} and {run / 'curve.png'}; next: fastvae evaluate {run} {dataset}",
@@ -153,6 +170,7 @@ def evaluate_command(
     data = Dataset.load(dataset)
     net, vocabulary = _load(run, tanh_after_dropout)
     _check_catalogue(run, net.n_items, vocabulary, data.items)
+    _warn_of_other_split(run, data)
     parts = (data.test_tr, data.test_te) if users == "test" else (data.vad_tr, data.vad_te)
     # the checkpoint's order of the items counts, not the dataset's
     train_clicks, fold_in, held_out = (
@@ -176,15 +194,34 @@ def recommend(
     output: Annotated[Path, typer.Argument(help="File to write: .csv, .jsonl or .parquet.")],
     k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
-    users: Annotated[str, typer.Option(help="Of a dataset folder: train, vad, test (their fold-in clicks) or all.")] = "all",
+    users: Annotated[str | None, typer.Option(help="Of a dataset folder: train, vad, test (their fold-in clicks) or all.", show_default="all")] = None,
     user: UserColumn = None,
     item: ItemColumn = None,
+    rating: RatingColumn = None,
+    min_rating: MinRating = None,
+    separator: Separator = None,
+    header: Header = None,
     tanh_after_dropout: Quirk = False,
     device: Device = None,
 ) -> None:  # fmt: skip
     """Write the top k items of each user, best first, with external ids; items of the history are left out."""
+    if output.resolve() == histories.resolve():
+        raise ValueError(
+            f"recommend: output must be another file than the histories, got {output} for both"
+        )
     net, vocabulary = _load(run, tanh_after_dropout)
-    x, user_ids, item_ids = _histories(histories, users, user, item)
+    if histories.is_dir():
+        x, user_ids, item_ids = _dataset_histories(histories, users or "all")
+    elif users is not None:
+        raise ValueError(
+            f"recommend: users must not be given with a click log, got {users}; it is for dataset folders"
+        )
+    else:
+        log = read_events(
+            histories, user, item, rating, min_rating, separator=separator, header=header
+        )
+        x, user_ids, item_ids = log.x, log.users, log.items
+        _say_what_was_dropped(log)
     if vocabulary is None:
         if not histories.is_dir():
             raise ValueError(
@@ -193,11 +230,15 @@ def recommend(
             )
         _check_catalogue(run, net.n_items, None, item_ids)
         vocabulary = list(item_ids)
+    n_clicks = x.nnz
     x, n_unknown = map_items(x, item_ids, vocabulary)
     if n_unknown:
+        n_empty = int((x.row_lengths() == 0).sum())
         err.print(
-            f"{n_unknown:,} clicks on items that the model does not know are ignored",
+            f"{n_unknown:,} of {n_clicks:,} clicks are on items that the model does not know and are ignored; "
+            f"{n_empty:,} users have no other",
             highlight=False,
+            soft_wrap=True,
         )
     blocks = recommend_blocks(net.to(_device(device)), x, k, items=vocabulary, keep_seen=keep_seen)
     n = write_recommendations(output, user_ids, blocks, vocabulary)
@@ -227,15 +268,17 @@ def main() -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         err.print(f"fastvae: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        err.print(
-            f"fastvae: {interrupt or 'stopped'}", highlight=False, markup=False, soft_wrap=True
-        )
-        sys.exit(130)
 
 
 def show_dataset(dataset: Dataset) -> None:
     """Print what became of every event."""
+    joined = dataset.info["source"].get("lines_joined_by_quotes", 0)
+    if joined:
+        err.print(
+            f"{joined:,} line ends lie inside double quotes and were read as part of an id; look for a stray quote",
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table("events", "number", box=None)
     table.columns[1].justify = "right"
     for text, n in dataset.report():
@@ -297,6 +340,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
+    if not run.exists():
+        raise ValueError(
+            f"run must be a run folder or a checkpoint, got nothing at {run}; fastvae train writes one"
+        )
     return load_model(run / "best.pt" if run.is_dir() else run, tanh_after_dropout)
 
 
@@ -312,13 +359,40 @@ def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, item
         )
 
 
-def _histories(
-    path: Path, users: str, user: str | None, item: str | None
-) -> tuple[Clicks, Any, Any]:
-    """Clicks, external user ids and external item ids of a click log or a dataset folder."""
-    if not path.is_dir():
-        log = read_events(path, user, item)
-        return log.x, log.users, log.items
+def _warn_of_other_split(run: Path, data: Dataset) -> None:
+    """A line on stderr where the run was trained on other users than the dataset's: test users may be among them."""
+    path = run / "config.json"
+    if not path.is_file():
+        return
+    trained_on = json.loads(path.read_text()).get("train")
+    if trained_on != data.train.fingerprint():
+        err.print(
+            f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
+            "those measured here",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _say_what_was_dropped(log: Events) -> None:
+    dropped = [f"{n:,} with {DROPPED[why]}" for why, n in log.info["dropped"].items() if n]
+    if dropped:
+        text = f"of {log.info['n_events']:,} events, dropped {'; '.join(dropped)}"
+        err.print(text, highlight=False, soft_wrap=True)
+
+
+def _saying_where_it_stopped(train_it: Any, *arguments: Any, **settings: Any) -> Any:
+    """Call fit; after Ctrl-C say where the run stands and exit as shells expect."""
+    try:
+        return train_it(*arguments, **settings)
+    except KeyboardInterrupt as interrupt:
+        message = f"fastvae: {interrupt or 'stopped'}"
+        err.print(message, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _dataset_histories(path: Path, users: str) -> tuple[Clicks, Any, Any]:
+    """Clicks, external user ids and external item ids of a dataset folder."""
     data = Dataset.load(path)
     parts = {
         "train": (data.train, data.users_train),

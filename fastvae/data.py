@@ -285,10 +285,17 @@ def _filter(
 def _count_heldout(n_heldout: float, n_users: int, min_user_clicks: int) -> int:
     is_fraction = not isinstance(n_heldout, Integral)
     n = int(n_heldout * n_users) if is_fraction else int(n_heldout)
+    least = max(min_user_clicks, 1)
+    if n_users == 0:
+        raise ValueError(
+            f"prepare: events must leave a user with at least {least} clicks, got none after duplicates, missing "
+            "values and ratings below the threshold were dropped; lower the thresholds or add data"
+        )
     if n_users - 2 * n < 1 or (is_fraction and n == 0):
+        way = "raise" if n == 0 else "lower"
         raise ValueError(
             f"prepare: n_heldout must leave users to train, validate and test on, got {n_heldout} of {n_users} "
-            f"users with at least {max(min_user_clicks, 1)} clicks; lower n_heldout or min_user_clicks, or add data"
+            f"users with at least {least} clicks; {way} n_heldout (--heldout), or add data"
         )
     return n
 

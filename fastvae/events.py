@@ -349,7 +349,10 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
         return ValueError(
             f"prepare: events must have no more fields on a line than on the first, got such a line in {path.name}"
         )
-    return ValueError(f"prepare: events must be a well-formed table, got {path.name}: {text[:200]}")
+    advice = "; look for a stray double quote" if "malformed" in text else ""
+    return ValueError(
+        f"prepare: events must be a well-formed table, got {path.name}: {text[:200]}{advice}"
+    )
 
 
 def _polars() -> Any:

@@ -13,7 +13,7 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,10 @@ def vae_loss_fn(
     returns a scalar, nats per user
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 7 with beta.
     """
+    if inp.shape != out.shape:
+        raise ValueError(
+            f"vae_loss_fn: inp must have shape {list(out.shape)} like out, got {list(inp.shape)}"
+        )
     if isinstance(inp, Clicks):
         nll = multinomial_nll(out, inp)
     else:
@@ -298,6 +302,9 @@ def vae_loss_fn(
 
 
 def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
+    for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
+        if dims is not None and not isinstance(dims, Iterable):
+            raise TypeError(f"{name}: {label} must be a list of widths, got {dims!r}")
     p_dims = [int(width) for width in p_dims]
     q_dims = p_dims[::-1] if q_dims is None else [int(width) for width in q_dims]
     for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
@@ -317,6 +324,10 @@ def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
 def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) -> list[float]:
     if dropout is None:
         return [first] + [0.0] * (n_layers - 1)
+    if not isinstance(dropout, Iterable):
+        raise TypeError(
+            f"{name}: {label} must be a list of probabilities, one for each layer, got {dropout!r}"
+        )
     dropout = [float(p) for p in dropout]
     if len(dropout) != n_layers:
         raise ValueError(
@@ -343,4 +354,10 @@ def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
         )
     if len(x.shape) != 2 or x.shape[1] != model.n_items:
         raise ValueError(f"{name}: x must have shape [any, {model.n_items}], got {list(x.shape)}")
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise TypeError(
+            f"{name}: x must be a dense tensor or Clicks, got a sparse one; pass Clicks.from_matrix(x)"
+        )
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        return x.to(model.decode.output.weight.dtype)  # 0 and 1 as integers or truth values
     return x

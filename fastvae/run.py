@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import naming, remove_leftovers, write_text
+from .clicks import Clicks
 
 METRIC = "ndcg@100"  # decides which epoch is best
 SECONDS_BETWEEN = 0.1  # two movements of the bar
@@ -17,20 +18,23 @@ _MAX_JSON = 2**20  # bytes of config.json; ours have five hundred
 class RunFolder:
     """The run folder: config.json, metrics.jsonl, curve.png, and the advice of messages; folder may be None."""
 
-    def __init__(self, folder, model, settings: dict[str, Any], n_users: int, items):
+    def __init__(self, folder, model, settings: dict[str, Any], train: Clicks, items):
         self.folder = None if folder is None else Path(folder)
         self.items = items
         self.config = {
             "model": type(model).__name__,
             **model.config(),
-            "n_users": n_users,
+            "n_users": train.n_users,
             **settings,
+            "train": train.fingerprint(),
         }
 
     def start(self) -> None:
-        """Make the folder; it must not hold a run already."""
+        """Make the folder; it must be new, empty, or left by a run that died before its first checkpoint."""
         if self.folder is None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"fit: run_dir must be a folder, got a file at {self.folder}")
         if (self.folder / "last.pt").exists():
             raise ValueError(
                 f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
@@ -38,8 +42,19 @@ class RunFolder:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
+        names = {path.name for path in self.folder.iterdir()}
+        if names and not (names <= {"config.json", "metrics.jsonl", "best.pt"} and self._is_ours()):
+            raise ValueError(
+                f"fit: run_dir must be a new or empty folder, got {self.folder} with "
+                f"{', '.join(sorted(names)[:3])} in it; name another folder"
+            )
         write_text(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
         self.rewrite_metrics([])
+
+    def _is_ours(self) -> bool:
+        assert self.folder is not None
+        path = self.folder / "config.json"
+        return path.exists() and set(self.config) <= set(_read_config(path))
 
     def check_resume(self) -> None:
         """ValueError unless the folder holds a run of the same settings."""
@@ -52,6 +67,8 @@ class RunFolder:
             )
         then = _read_config(path)
         for name, value in self.config.items():
+            if then.get(name) != value and name == "train":
+                raise ValueError("fit: train must be the clicks of the run to resume, got others")
             if then.get(name) != value:
                 raise ValueError(
                     f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"

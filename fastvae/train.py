@@ -32,6 +32,7 @@ from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .evaluate import evaluate
 from .models import NORMALIZE, MultiDAE, MultiVAE
+from .ops._checks import dtype_name
 from .run import METRIC, ProgressBar, RunFolder
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -115,7 +116,7 @@ def fit(
     seed        of the order of users, dropout and noise (not of the model's initial weights)
     run_dir     run folder to write, or None
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
-    items       external item ids [n_items] to keep with the checkpoints
+    items       external item ids [n_items], distinct, to keep with the checkpoints
     progress    show a progress bar (extra cli)
     cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
 
@@ -123,13 +124,16 @@ def fit(
     is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    settings = _Settings(batch_size, lr, anneal_cap, total_anneal_steps, normalize, precision, seed)
+    _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, patience=patience)
+    settings = _Settings(
+        int(batch_size), float(lr), float(anneal_cap), int(total_anneal_steps), normalize, precision, int(seed)
+    )  # fmt: skip
     _check_fit(model, train, validation, settings, epochs, patience, items)
     device = next(model.parameters()).device
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
-    run = RunFolder(run_dir, model, asdict(settings), train.n_users, items)
+    run = RunFolder(run_dir, model, asdict(settings), train, items)
     run.check_resume() if resume else run.start()
     trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
     if resume:
@@ -322,7 +326,10 @@ class _Trainer:
     def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.adam.load_state_dict(state["optimizer"])
-        self.epoch, self.batch, self.update = state["position"]
+        for p, moments in self.optimizer.adam.state.items():
+            if any(t.ndim > 0 and t.shape != p.shape for t in moments.values()):
+                raise ValueError("moments of other shapes than the weights")
+        self.epoch, self.batch, self.update = map(int, state["position"])
         self.sums.copy_(state["sums"])
         self.rng = state["rng"]
         self.result.history = json.loads(state["history"])
@@ -409,6 +416,13 @@ def _held_interrupt() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole and not (name == "patience" and value is None):
+            raise TypeError(f"fit: {name} must be a whole number, got {value!r}")
+
+
 def _check_fit(model, train, validation, settings: _Settings, epochs, patience, items) -> None:
     if not isinstance(train, Clicks):
         got = type(train).__name__
@@ -423,8 +437,19 @@ def _check_fit(model, train, validation, settings: _Settings, epochs, patience, 
             )
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
+    if validation is not None and validation[0].n_users != validation[1].n_users:
+        raise ValueError(
+            f"fit: held_out must have the {validation[0].n_users} users of fold_in, got {validation[1].n_users}"
+        )
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"fit: model must be float32, got {dtype_name(dtype)}; precision='bf16' computes in bf16 all the same"
+        )
     if items is not None and len(items) != model.n_items:
         raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
+    if items is not None and len({str(item) for item in items}) < len(items):
+        raise ValueError("fit: items must be distinct, got one twice")
     on_cpu = next(model.parameters()).device.type == "cpu"
     allowed = [p for p in PRECISIONS if p != "tf32" or not on_cpu]
     s = settings
@@ -434,6 +459,7 @@ def _check_fit(model, train, validation, settings: _Settings, epochs, patience, 
         ("lr", s.lr, 0 < s.lr < math.inf, "be above 0"),
         ("anneal_cap", s.anneal_cap, 0 <= s.anneal_cap < math.inf, "be at least 0"),
         ("total_anneal_steps", s.total_anneal_steps, s.total_anneal_steps >= 0, "be at least 0"),
+        ("seed", s.seed, 0 <= s.seed < 2**63, "lie in [0, 2**63)"),
         ("patience", patience, patience is None or patience >= 1, "be at least 1"),
         ("normalize", s.normalize, s.normalize in NORMALIZE, f"be one of {', '.join(NORMALIZE)}"),
         ("precision", s.precision, s.precision in allowed, f"be one of {', '.join(allowed)}"),

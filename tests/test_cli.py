@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -137,6 +139,19 @@ def test_resume_through_the_command_line(tmp_path, run, prepared):
     assert code == 2 and "run_dir must be a new folder" in err
 
 
+def test_a_full_disk_is_one_sentence_with_the_files_name(tmp_path, run, prepared, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, _, err = train(run, prepared[1], tmp_path / "run")
+    best = tmp_path / "run" / "best.pt"
+    assert code == 2
+    assert err.splitlines()[-1] == f"fastvae: [Errno 28] No space left on device: '{best}'"
+    assert "Traceback" not in err and not best.exists()
+
+
 def test_a_checkpoint_of_other_code(tmp_path, run, prepared):
     _, data = prepared
     n_items = Dataset.load(data).n_items
@@ -184,10 +199,10 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
         (("train", "data", "run", "--batch-size", 0), "fit: batch_size must be at least 1, got 0"),
         (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
         (("train", "data", "run", "--device", "tpu"), "device must be cpu or cuda, got tpu"),
-        (("evaluate", "missing", "data"), "checkpoint: path must be a file, got missing"),
+        (("evaluate", "missing", "data"), "run must be a run folder or a checkpoint, got nothing at missing"),
         (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
         (("evaluate", "missing", "data", "--users", "all"), "evaluate: users must be test or vad, got all"),
-        (("recommend", "missing", "log.csv", "top.csv"), "checkpoint: path must be a file, got missing"),
+        (("recommend", "missing", "log.csv", "top.csv"), "run must be a run folder or a checkpoint, got nothing at missing"),
     ],
 )  # fmt: skip
 def test_errors_are_one_sentence_and_exit_code_2(
@@ -235,3 +250,73 @@ def test_demo_without_a_network_uses_synthetic_data_and_says_so(tmp_path, run, m
     monkeypatch.setattr(fastvae.demo, "MAX_EPOCHS", 1)
     code, out, _ = run("demo", "--folder", tmp_path / "demo")
     assert code == 0 and "using synthetic data instead" in out and "-> recommended item " in out
+
+
+def test_recommend_never_overwrites_its_input_and_says_what_it_drops(tmp_path, run, prepared):
+    log, data = prepared
+    train(run, data, tmp_path / "run")
+    before = log.read_bytes()
+    code, _, err = run("recommend", tmp_path / "run", log, log)
+    assert code == 2 and "output must be another file" in err and log.read_bytes() == before
+    code, _, err = run("recommend", tmp_path / "run", log, tmp_path / "t.csv", "--min-rating", 4)
+    assert code == 0 and "1 with no user id" in err and "1 with a rating below min_rating" in err
+    odd = tmp_path / "odd.csv"
+    odd.write_text("a;nothing known\nb;film, 3\n")
+    arguments = ("--no-header", "--separator", ";", "--user", "1", "--item", "2")
+    code, _, err = run("recommend", tmp_path / "run", odd, tmp_path / "t.csv", *arguments)
+    assert code == 0 and "1 of 2 clicks" in err and "1 users have no other" in err
+    code, _, err = run("recommend", tmp_path / "run", log, tmp_path / "t.csv", "--users", "test")
+    assert code == 2 and "it is for dataset folders" in err
+
+
+def test_another_split_of_the_log_is_warned_about_and_not_resumed(tmp_path, run, prepared):
+    log, data = prepared
+    train(run, data, tmp_path / "run")
+    run("prepare", log, tmp_path / "other", "--heldout", 15, "--min-rating", 4, "--seed", 5)
+    code, _, err = run("evaluate", tmp_path / "run", tmp_path / "other")
+    same_items = set(Dataset.load(data).items) == set(Dataset.load(tmp_path / "other").items)
+    assert code == 0 and "was trained on other clicks" in err if same_items else code == 2
+    assert run("evaluate", tmp_path / "run", data)[2] == ""
+    code, _, err = train(run, tmp_path / "other", tmp_path / "run", "--resume")
+    assert (
+        code == 2 and "fit: train must be the clicks of the run to resume" in err
+    ) or not same_items
+
+
+def test_train_leaves_other_peoples_folders_alone(tmp_path, run, prepared):
+    _, data = prepared
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text('{"mine": 1}')
+    for folder in (mine, data):
+        code, _, err = train(run, data, folder)
+        assert code == 2 and "run_dir must be a new or empty folder" in err
+    assert (mine / "config.json").read_text() == '{"mine": 1}'
+    code, _, err = train(run, data, tmp_path / "log.csv")
+    assert code == 2 and "run_dir must be a folder, got a file" in err
+    code, out, _ = train(run, data, tmp_path / "none", "--epochs", 0)
+    assert code == 0 and out == "no epoch trained\n"
+
+
+def test_ctrl_c_says_where_the_run_stands(tmp_path, run, prepared, monkeypatch):
+    _, data = prepared
+    terms, calls = MultiVAE.loss_terms, []
+
+    def interrupting(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", interrupting)
+    code, _, err = train(run, data, tmp_path / "run")
+    assert code == 130 and "stopped after 1 epochs and 2 batches; saved in" in err
+    assert "resume to go on" in err and "Traceback" not in err
+
+
+def test_a_stray_quote_is_pointed_out(tmp_path, run):
+    lines = [f"u{u},i{i}" for u in range(20) for i in range(8)]
+    lines[10], lines[30] = 'u1,"i2', 'u3,i6"'
+    (tmp_path / "log.csv").write_text("user,item\n" + "\n".join(lines) + "\n")
+    code, _, err = run("prepare", tmp_path / "log.csv", tmp_path / "data", "--heldout", 2)
+    assert code == 0 and "20 line ends lie inside double quotes" in err

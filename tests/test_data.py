@@ -453,22 +453,22 @@ def test_nobody_needs_to_be_held_out():
     assert_accounted(dataset)
 
 
-FEW = "; lower n_heldout or min_user_clicks, or add data"
+FEW = "n_heldout (--heldout), or add data"
 BAD_SETTINGS = {
     "too_many": (
         {"n_heldout": 5},
-        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 5 clicks"
+        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 5 clicks; lower "
         + FEW,
     ),
     "fraction_of_few": (
         {"n_heldout": 0.05},
-        "prepare: n_heldout must leave users to train, validate and test on, got 0.05 of 10 users with at least 5 clicks"
+        "prepare: n_heldout must leave users to train, validate and test on, got 0.05 of 10 users with at least 5 clicks; raise "
         + FEW,
     ),
     "none_left": (
         {"n_heldout": 1, "min_user_clicks": 9},
-        "prepare: n_heldout must leave users to train, validate and test on, got 1 of 0 users with at least 9 clicks"
-        + FEW,
+        "prepare: events must leave a user with at least 9 clicks, got none after duplicates, missing values and "
+        "ratings below the threshold were dropped; lower the thresholds or add data",
     ),
     "fraction": (
         {"n_heldout": 0.5},
@@ -519,7 +519,7 @@ def test_the_split_keeps_its_promises(x, n_heldout, seed, counts, **split):
     try:
         dataset = Dataset.from_matrix(x, n_heldout, seed, counts=counts, **split)
     except ValueError as error:
-        assert "must leave users" in str(error)
+        assert "must leave" in str(error)
         return
     assert_accounted(dataset)
     assert_strong_generalisation(dataset)
@@ -565,6 +565,39 @@ def test_items_are_mapped_by_id():
     assert str(error.value) == (
         "prepare: items must be in the vocabulary, got 1 unknown: 'd'; leave out strict to drop them"
     )
+
+
+def test_held_out_clicks_on_unknown_items_are_dropped_and_counted_or_named():
+    vocabulary, items = list("abc"), ["a", "b", *(f"x{n}" for n in range(7))]
+    fold_in, held_out = ("a", "x0"), ("b", "x1")
+    dropped = 0
+    for row, left in ((fold_in, ["a"]), (held_out, ["b"])):
+        x = Clicks.from_pairs([0, 0], [items.index(item) for item in row], 1, len(items))
+        moved, n_unknown = map_items(x, items, vocabulary)
+        assert [vocabulary[i] for i in moved.indices] == left
+        dropped += n_unknown
+    assert dropped == 2
+    with pytest.raises(ValueError) as error:
+        map_items(Clicks([0, 9], range(9), n_items=9), items, vocabulary, strict=True)
+    assert str(error.value) == (
+        "prepare: items must be in the vocabulary, got 7 unknown: 'x0', 'x1', 'x2', 'x3', 'x4'; leave out strict to drop them"
+    )
+
+
+def test_str_and_path_are_the_same(tmp_path):
+    path = write(
+        tmp_path,
+        "e.csv",
+        "user,item\n" + "".join(f"u{u},i{i}\n" for u in range(9) for i in range(6)),
+    )
+    one, two = read_events(str(path)), read_events(path)
+    assert pairs_of(one) == pairs_of(two)
+    dataset = split_dataset(one, 2)
+    dataset.save(str(tmp_path / "folder"))
+    assert_same(Dataset.load(str(tmp_path / "folder")), Dataset.load(tmp_path / "folder"))
+    assert check_writable(str(tmp_path / "folder")) == check_writable(tmp_path / "folder")
+    titles = write(tmp_path, "t.csv", "item,title\na,A\n")
+    assert read_titles(str(titles)) == read_titles(titles) == {"a": "A"}
 
 
 # the dataset folder
