@@ -74,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         # DistributedDataParallel and DataParallel put their own name in front
         return {"model": {key.removeprefix("module."): value for key, value in parts.items()}}
     if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
-        got = f"the keys {', '.join(map(str, parts))}"[:120] if isinstance(parts, dict) else "none"
+        got = f"the keys {', '.join(map(repr, parts))}"[:120] if isinstance(parts, dict) else "none"
         raise ValueError(
             f"checkpoint: {path} must hold a model's state_dict, got {got}; torch.save the state_dict alone"
         )
@@ -117,8 +117,9 @@ def load_model(
             raise ValueError(f"{other} is {_shape(got, other)}, not {_shape(shapes, other)}")
         items = None if meta is None else _item_ids(meta.get("items"), model.n_items)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]  # keys of the file may hold anything
         raise ValueError(
-            f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({error})"
+            f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})"
         ) from error
     model.to_empty(device="cpu")
     model.load_state_dict(weights)

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve one another on a busy machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that spin starve one another on a busy machine
 
 import torch
 

@@ -1,5 +1,9 @@
 """Clicks: every container and dtype gives the same canonical matrix; bad input is named by row and index."""
 
+import io
+import multiprocessing.reduction
+import time
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -7,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvae import Clicks
+from fastvae import Clicks, reference, sparse_linear
 from fastvae.clicks import gather_rows
 
 DENSE = np.array([[0, 2, 0, 1], [0, 0, 0, 0], [3, 0, 0, 0]])
@@ -61,6 +65,65 @@ def test_index_and_value_dtypes(index_dtype, dtype):
     clicks = Clicks(csr.indptr.astype(index_dtype), csr.indices.astype(index_dtype), values, 4)
     expected = sp.csr_array((values.astype(np.float32), csr.indices, csr.indptr), DENSE.shape)
     assert_is(clicks, expected.toarray())
+
+
+@pytest.mark.parametrize("indptr_dtype", ["i4", "i8"])
+@pytest.mark.parametrize("indices_dtype", ["i4", "i8"])
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i1", "u1", "i8", "?"])
+def test_the_first_layer_is_the_same_for_every_mix_of_dtypes(indptr_dtype, indices_dtype, dtype):
+    csr = sp.csr_array(DENSE if dtype != "?" else DENSE > 0)
+    csr.indptr, csr.indices = csr.indptr.astype(indptr_dtype), csr.indices.astype(indices_dtype)
+    data = csr.data.astype(dtype)
+    every = [Clicks(csr.indptr, csr.indices, data, 4)]
+    if dtype != "f2":  # scipy has no sparse fp16
+        every.append(Clicks.from_matrix(sp.csr_array((data, csr.indices, csr.indptr), csr.shape)))
+    weight = torch.arange(12.0).reshape(3, 4) / 10
+    expected = reference.sparse_linear(torch.from_numpy(csr.toarray()).float(), weight)
+    for clicks in every:
+        torch.testing.assert_close(sparse_linear(clicks, weight), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_choosing_one_row_stays_two_dimensional():
+    row = Clicks.from_matrix(DENSE).rows([2])
+    assert row.shape == (1, 4) and row.to_dense().tolist() == [[3.0, 0.0, 0.0, 0.0]]
+    assert row.to_scipy().shape == (1, 4) and row.compact().shape == (1, 4)
+
+
+def test_rows_through_a_data_loader_are_the_same_with_and_without_workers():
+    clicks = Clicks(np.arange(201) * 3, np.tile([1, 4, 7], 200), n_items=9)
+
+    def batches(n_workers):
+        # what travels between processes are row ids; the clicks stay where they are
+        loader = torch.utils.data.DataLoader(
+            range(200),
+            batch_size=64,
+            num_workers=n_workers,
+            multiprocessing_context="fork" if n_workers else None,
+        )
+        return [(ids.tolist(), clicks.rows(ids).to_dense()) for ids in loader]
+
+    alone, together = batches(0), batches(2)
+    assert [ids for ids, _ in alone] == [ids for ids, _ in together]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, together, strict=True))
+
+
+def test_clicks_travel_to_another_process():
+    clicks = Clicks.from_matrix(DENSE).rows([2, 0])
+    buffer = io.BytesIO()
+    multiprocessing.reduction.ForkingPickler(buffer).dump(clicks)
+    other = multiprocessing.reduction.ForkingPickler.loads(buffer.getbuffer())
+    assert torch.equal(other.to_dense(), clicks.to_dense()) and other.n_items == 4
+
+
+def test_a_hundred_thousand_users_are_chosen_within_a_second():
+    clicks = Clicks(np.arange(10_001) * 50, np.tile(np.arange(50), 10_000), n_items=50)
+    started = time.perf_counter()
+    for _ in range(10):
+        clicks.rows(
+            torch.randperm(10_000)
+        ).compact()  # a copy of the clicks, which the ops do not even need
+    # 100,000 users; the limit is ten times what two cores take
+    assert time.perf_counter() - started < 1
 
 
 def test_sums_of_small_integers_do_not_wrap():
@@ -149,7 +212,7 @@ def test_bad_arrays_are_named(arguments, error, message):
 
 def test_bad_containers_rows_and_pairs_are_named():
     cases = [
-        (lambda: Clicks.from_matrix([[1, 0]]), TypeError, "got list"),
+        (lambda: Clicks.from_matrix([[1, 0]]), TypeError, "Clicks: x must be a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks, got list"),
         (lambda: Clicks.from_matrix(np.ones(3)), TypeError, "got 1-D numpy array"),
         (lambda: Clicks.from_matrix(torch.ones(3)), ValueError, "Clicks: x must have 2 dimensions, got 1"),
         (lambda: Clicks.from_matrix(DENSE).rows([0, 3]), ValueError, "Clicks: rows must lie in [0, 3), got 3"),

@@ -46,6 +46,19 @@ def test_a_compiled_loss_equals_the_eager_one(backend, make, autocast):
             torch.testing.assert_close(a, b, rtol=1e-2 if autocast else 1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_every_mode_of_compile_gives_the_eager_gradients(dynamic, fullgraph):
+    torch.manual_seed(0)
+    model = MultiVAE([4, 6, 30]).eval()
+    compiled = torch.compile(model.loss, dynamic=dynamic, fullgraph=fullgraph, backend="aot_eager")
+    for lengths in ([3, 0, 9], [5, 1, 30, 2]):
+        batch = random_clicks(lengths, 30)
+        eager = gradients(model.loss, model, batch, False)
+        for a, b in zip(gradients(compiled, model, batch, False), eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_compiled_training_step_draws_dropout_and_noise():
     torch.manual_seed(0)
     model, clicks = MultiVAE([4, 6, 30]), random_clicks([9, 12], 30)

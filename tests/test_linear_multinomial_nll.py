@@ -167,6 +167,29 @@ def test_fp16_autocast_on_a_cpu_does_not_overflow():
     torch.testing.assert_close(weight.grad, grad)
 
 
+def test_bf16_gradients_of_a_thousand_users_are_summed_in_fp32():
+    # two items, even odds, everyone clicks the first: each user adds -1/2 to its weight's gradient
+    clicks = Clicks(torch.arange(1001), torch.zeros(1000, dtype=torch.int64), n_items=2)
+    hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_multinomial_nll(hidden, weight, None, clicks, reduction="sum").backward()
+    # added one by one in bf16 the sum stops at 128
+    assert weight.grad.flatten().tolist() == [-500.0, 500.0]
+
+
+def test_an_upstream_gradient_beyond_fp16_stays_finite_under_bf16_autocast():
+    *tensors, clicks = inputs([5, 20], 600, 64, spread=0.1)
+    gradients = []
+    for scale in (1.0, 2.0**17):  # 131,072: fp16 ends at 65,504
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_multinomial_nll(*leaves, clicks, reduction="sum")
+        gradients.append(torch.autograd.grad(loss * scale, leaves))
+    for one, large in zip(*gradients, strict=True):
+        assert torch.isfinite(large).all()
+        torch.testing.assert_close(large / 2.0**17, one, rtol=1e-2, atol=1e-4)
+
+
 def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
     *tensors, clicks = inputs([5, 20, 0], 600, 64, spread=0.1)
     x, dnll = clicks.to_dense(), torch.ones(3)

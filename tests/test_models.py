@@ -153,6 +153,45 @@ def test_latent_is_sampled_in_training_only():
         assert torch.equal(model(clicks)[0], model(clicks)[0]) and (model(clicks)[0] == 0).all()
 
 
+def test_noise_has_unit_variance_where_logvar_is_zero():
+    model = MultiVAE([1, 2], dropout_enc=[0.0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.decode.p_layers.linear_0.weight[0] = 1.0
+        torch.manual_seed(0)
+        z = model(Clicks(torch.arange(100_001), torch.zeros(100_000).long(), n_items=2))[0][:, 0]
+    assert z.var().item() == pytest.approx(1.0, abs=0.02)
+    assert z.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize(("dtype", "logvar"), [(torch.float16, 12.0), (torch.float32, 80.0)])
+def test_a_large_logvar_gives_a_finite_loss(dtype, logvar):
+    # exp(12) is beyond fp16; the kld is taken in fp32
+    model = MultiVAE([2, 9], dropout_enc=[0.0]).to(dtype)
+    with torch.no_grad():
+        model.encode.q_layers.linear_0.weight.zero_()
+        model.encode.q_layers.linear_0.bias[2:] = logvar
+    _, kld = model.eval().loss_terms(random_clicks([3], 9))
+    assert kld.dtype == torch.float32
+    # two latents: -1/2 (1 + logvar - exp(logvar)) each
+    assert kld.item() == pytest.approx(math.exp(logvar) - logvar - 1, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_user_without_clicks_adds_nothing_to_the_likelihood_and_its_gradients(make):
+    torch.manual_seed(0)
+    model = make([4, 6, 9]).eval()
+    whole = Clicks([0, 2, 2, 3], [4, 7, 1], n_items=9)
+    gradients = []
+    for rows in ([0, 1, 2], [0, 2]):
+        loss = model.loss(whole.rows(rows)) * len(rows)  # the sum over users
+        assert torch.isfinite(loss)
+        gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_dropout_changes_between_steps_and_is_off_in_evaluation():
     model, clicks = MultiDAE([4, 6, 30]), random_clicks([20] * 3, 30)
     assert not torch.equal(model(clicks), model(clicks))

@@ -63,6 +63,13 @@ def test_hand_worked(logits, x, nll, grad):
     assert z.grad[0].tolist() == pytest.approx(grad, abs=1e-6)
 
 
+def test_a_stored_zero_counts_for_nothing():
+    clicks = Clicks([0, 2], [0, 1], [0.0, 1.0], n_items=3)
+    assert clicks.nnz == 1
+    # ln 3; 2 ln 3 where the zero counts as a click
+    assert multinomial_nll(torch.zeros(1, 3), clicks).item() == pytest.approx(1.098612, abs=5e-7)
+
+
 def test_fp16_and_bf16_with_many_items():
     one_click = Clicks([0, 1], [0], n_items=100_000)
     loss = multinomial_nll(torch.zeros(1, 100_000, dtype=torch.float16), one_click)

@@ -465,6 +465,13 @@ def test_without_a_vocabulary_the_indices_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_str_and_path_are_the_same(found, tmp_path, suffix):
+    for kind, path in (("str", str(tmp_path / f"s.{suffix}")), ("path", tmp_path / f"p.{suffix}")):
+        assert write_recommendations(path, USERS, found) == len(USERS), kind
+    assert (tmp_path / f"s.{suffix}").read_bytes() == (tmp_path / f"p.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_an_interrupted_write_leaves_the_old_file(found, tmp_path, suffix):
     if suffix == "parquet":
         pytest.importorskip("polars")

@@ -115,6 +115,40 @@ def test_opcheck(counts, bias, dropout):
     torch.library.opcheck(_sparse_linear, (*arguments, dropout, True, True, False))
 
 
+def test_normalise_first_then_dropout():
+    clicks, eye = Clicks([0, 2], [0, 1], n_items=4), torch.eye(4)
+    seen = {
+        tuple(round(y, 6) for y in sparse_linear(clicks, eye, dropout=0.5, seed=torch.tensor([seed]), tanh=False)[0].tolist())
+        for seed in range(40)
+    }  # fmt: skip
+    kept = 1.414214  # 2 / sqrt(2)
+    assert seen == {(a, b, 0.0, 0.0) for a in (0.0, kept) for b in (0.0, kept)}
+
+
+def test_a_stored_zero_does_not_count_in_the_norm():
+    clicks = Clicks([0, 2], [0, 1], [0.0, 1.0], n_items=3)
+    y = sparse_linear(clicks, torch.eye(3), tanh=False)
+    assert y.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices"), [([0, 1, 1, 3, 3], [0, 1, 2]), ([0, 0, 0], []), ([0], [])]
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_rows_without_clicks_give_the_bias_or_zero_and_whole_gradients(indptr, indices, with_bias):
+    clicks = Clicks(indptr, indices, n_items=3)
+    weight = torch.randn(2, 3, requires_grad=True)
+    bias = torch.randn(2, requires_grad=True) if with_bias else None
+    y = sparse_linear(clicks, weight, bias, tanh=False)
+    empty = clicks.row_lengths() == 0
+    assert y.shape == (len(indptr) - 1, 2)
+    assert (y[empty] == (0 if bias is None else bias)).all()
+    y.sum().backward()
+    assert weight.grad.shape == weight.shape and torch.isfinite(weight.grad).all()
+    if clicks.nnz == 0:
+        assert (weight.grad == 0).all()
+
+
 def test_one_click_users_under_dropout():
     n = 10_000
     clicks = Clicks(torch.arange(n + 1), torch.zeros(n, dtype=torch.int64), n_items=1)

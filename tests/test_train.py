@@ -355,6 +355,32 @@ def test_a_full_disk_is_reported_and_what_was_saved_is_resumed(tmp_path, monkeyp
     assert_equal_weights(weights(resumed), weights(straight))
 
 
+LARGE = """
+import resource
+import numpy as np
+import scipy.sparse as sp
+from fastvae import Dataset, MultiVAE, evaluate, fit
+
+rng = np.random.default_rng(0)
+n_users, n_items, nnz = 63_577, 319_205, 1_000_000
+pairs = rng.integers(0, n_users, nnz), rng.integers(0, n_items, nnz)
+data = Dataset.from_matrix(sp.coo_array((np.ones(nnz, np.float32), pairs), (n_users, n_items)), 200)
+assert data.n_items > 250_000
+model = MultiVAE([8, data.n_items])
+fit(model, data.train.rows(range(500)), epochs=1, batch_size=500)
+assert evaluate(model, data.test_tr, data.test_te).n_evaluated > 150
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_a_step_and_an_evaluation_on_319205_items_take_less_than_2_gib():
+    # dense, the matrix alone would take 75.6 GiB
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2, "GiB"
+
+
 def test_the_reported_kld_is_not_annealed():
     train, _ = learnable()
     row = fit(model(), train, epochs=1, anneal_cap=0.0).history[0]
@@ -395,7 +421,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"validation": (random_clicks([2], N_ITEMS), random_clicks([0], N_ITEMS))}, ValueError, "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"),
         ({"epochs": -1}, ValueError, "fit: epochs must be at least 0, got -1"),
         ({"batch_size": 0}, ValueError, "fit: batch_size must be at least 1, got 0"),
-        ({"lr": 0}, ValueError, "fit: lr must be above 0, got 0"),
+        ({"lr": 0}, ValueError, "fit: lr must be above 0, got 0.0"),
         ({"patience": 0}, ValueError, "fit: patience must be at least 1, got 0"),
         ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got fp16"),
         ({"normalize": "user"}, ValueError, "fit: normalize must be one of none, clicks, got user"),

@@ -1,0 +1,132 @@
+"""Writes docs/messages.md, the table of every message a user can see: python -m docs.messages.
+
+The messages are read from the source, so that none is missing: every call of a built-in exception or of
+warnings.warn in fastvae/ whose first argument is text. {names} in them stand for what the call gave.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "messages.md"
+KINDS = (
+    "ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "KeyboardInterrupt", "UserWarning",
+)  # fmt: skip
+# what a caller sees of a reason that another message wraps: "..., got {reason}"
+REASONS = {
+    "_files.py": "dataset: {file} must be a file of a dataset folder, got ...",
+    "checkpoint.py": "checkpoint: {path} must be ..., got ... ({reason})",
+    "data.py": "dataset: {file} must be a file of a dataset folder, got ...",
+    "train.py": "fit: {path} must hold the state of this run, got another file ({reason})",
+    "events.py": "prepare: events must be a well-formed table, got {file}: ...",
+}
+CAUSES = {
+    "clicks.py": "Click matrices",
+    "ops/": "The ops",
+    "models.py": "Models",
+    "train.py": "Training",
+    "run.py": "Run folders and resuming",
+    "checkpoint.py": "Checkpoints",
+    "evaluate.py": "Evaluation",
+    "recommend.py": "Recommendation",
+    "export.py": "Writing recommendations",
+    "events.py": "Click logs",
+    "data.py": "Splits and dataset folders",
+    "_files.py": "Files of a dataset folder",
+    "synthetic.py": "Made-up clicks",
+    "cli.py": "The command",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message's text with {names} for what varies, the kind of its error, and its place."""
+
+    text: str
+    kind: str
+    module: str
+    function: str
+
+    @property
+    def is_reason(self) -> bool:
+        """Whether it only ever shows as the reason within another message."""
+        return ": " not in self.text and " must " not in self.text and self.module in REASONS
+
+
+def collect() -> list[Message]:
+    """Every message of fastvae/, in the order of the source; the kernels raise none."""
+    paths = [p for p in sorted((ROOT / "fastvae").rglob("*.py")) if "kernels" not in p.parts]
+    found = []
+    for path in paths:
+        module = path.relative_to(ROOT / "fastvae").as_posix()
+        for function, call in _calls(ast.parse(path.read_text(encoding="utf-8")), ""):
+            kind, text = _kind(call), _text(call.args[0]) if call.args else None
+            if kind is not None and text is not None:
+                found.append(Message(text, kind, module, function))
+    return list(dict.fromkeys(found))
+
+
+def _calls(node: ast.AST, function: str):
+    for child in ast.iter_child_nodes(node):
+        name = function
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            name = f"{function}.{child.name}".lstrip(".")
+        if isinstance(child, ast.Call):
+            yield function, child
+        yield from _calls(child, name)
+
+
+def _kind(call: ast.Call) -> str | None:
+    if isinstance(call.func, ast.Name) and call.func.id in KINDS:
+        return call.func.id
+    return "UserWarning" if ast.unparse(call.func) == "warnings.warn" else None
+
+
+def _text(node: ast.expr) -> str | None:
+    """The text of a literal or f-string; None for a computed one, whose parts are literals elsewhere."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) or "" for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return "{" + ast.unparse(node.value) + "}"
+    return None
+
+
+def render() -> str:
+    """The page."""
+    lines = [
+        "# Messages",
+        "",
+        "Every message that fastvae gives, by cause. They have one form: `<where>: <argument> must <expected>, got <actual>`, and",
+        "after a semicolon what to do. Names in braces stand for what the call gave. On the command line a message is one line on",
+        "stderr, with exit code 2 (130 for Ctrl-C). A full disk or a missing right is Python's own OSError with the file's name;",
+        "what was saved before is whole then.",
+        "",
+        "This page is written by `python -m docs.messages`; a test compares it with the source.",
+    ]
+    messages = collect()
+    for prefix, cause in CAUSES.items():
+        chosen = [m for m in messages if m.module == prefix or m.module.startswith(prefix)]
+        whole, reasons = ([m for m in chosen if m.is_reason is part] for part in (False, True))
+        lines += ["", f"## {cause}", ""]
+        if whole:
+            lines += ["| message | kind | place |", "| --- | --- | --- |"]
+            lines += [
+                f"| `{_cell(m.text)}` | {m.kind} | `{m.module}` {m.function} |" for m in whole
+            ]
+        if reasons:
+            lines += ["", f"Reasons within `{REASONS[prefix]}`:", ""]
+            lines += [f"- `{_cell(m.text)}`" for m in reasons]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""What an installation needs: no triton, no GPU and no C compiler for the CPU path, and no deprecated API."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastvae
+
+TRAIN = """
+import numpy as np
+import fastvae
+x = fastvae.Clicks.from_pairs([0, 0, 1, 1, 2], [0, 3, 3, 4, 1])
+model = fastvae.MultiVAE([2, 4, 5])
+result = fastvae.fit(model, x, (x, x), epochs=2, batch_size=2)
+assert np.isfinite(result.history[-1]["loss"])
+assert fastvae.recommend(model, x, k=2).items.shape == (3, 2)
+"""
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what import triton sees where it is not installed
+"""
+FALLBACK = """
+assert fastvae.has_triton() is False
+import torch
+from fastvae.ops._checks import kernels_of
+try:
+    kernels_of("sparse_linear")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def python(code, *options, **changes):
+    """Run code in a new process that sees no GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **changes}
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_without_triton_everything_works_on_a_cpu_and_a_gpu_is_told_what_is_missing():
+    done = python(WITHOUT_TRITON + TRAIN + FALLBACK)
+    assert done.stdout == (
+        "sparse_linear: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU\n"
+    ), done.stderr
+
+
+def test_has_triton_says_whether_it_is_there():
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        assert fastvae.has_triton() is False
+    else:
+        assert fastvae.has_triton() is True
+
+
+def test_importing_needs_neither_triton_nor_the_extras():
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import fastvae
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"triton", "polars", "typer", "rich", "matplotlib"}))
+"""
+    done = python(code)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_cpu_path_needs_no_c_compiler_and_no_writable_home(tmp_path):
+    home, cache = tmp_path / "home", tmp_path / "none"
+    home.mkdir(mode=0o500)
+    done = python(
+        TRAIN, PATH=str(tmp_path), CC="", CXX="", HOME=str(home), TRITON_CACHE_DIR=str(cache)
+    )
+    assert done.returncode == 0, done.stderr
+    assert not cache.exists() and not list(home.iterdir())
+
+
+def test_nothing_deprecated_is_used():
+    options = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    done = python(TRAIN, *(part for name in options for part in ("-W", f"error::{name}")))
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_is_required_on_linux_only_and_every_requirement_has_a_lower_bound():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    dependencies = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]
+    declared = re.findall(r'^  "(.*)",$', dependencies, re.MULTILINE)
+    assert [line for line in declared if line.startswith("triton")] == [
+        "triton>=3.6; platform_system == 'Linux'"
+    ]
+    assert all(">=" in line for line in declared)
+    try:
+        installed = importlib.metadata.requires("fastvae-cf")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastvae-cf is not installed, so it has no metadata")
+    marked = [line for line in installed if line.startswith("triton")]
+    assert [re.sub(r"['\"]", "'", line).replace(" ", "") for line in marked] == [
+        "triton>=3.6;platform_system=='Linux'"
+    ]
