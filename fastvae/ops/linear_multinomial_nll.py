@@ -185,10 +185,7 @@ def _gradients(
                 scaled = (h * factor[:, None]).to(d.dtype)
                 dweight.addmm_(d.t(), scaled, beta=int(part.start > 0))
             if need_bias:
-                # high and low half of the factor: rounded to bf16 alone, it would tilt a whole row
-                high = factor.to(d.dtype)
-                halves = torch.stack((high, (factor - high).to(d.dtype)))
-                dbias += torch.mm(halves, d).to(v.dtype).sum(0)
+                dbias += _row_times(factor, d)
     return dhidden, _cast(dweight, weight_dtype) if need_weight else dweight, dbias
 
 
@@ -229,6 +226,16 @@ def _exp_rows(
     flat = d.view(-1)
     flat[targets.flat] -= targets.times_value(v.reciprocal()[targets.user]).to(d.dtype)
     return targets.nll(clicked, peak, row_sum.log()), v, d
+
+
+def _row_times(factor: Tensor, d: Tensor) -> Tensor:
+    """factor @ d with the factor's precision."""
+    high = factor.to(d.dtype)
+    if high.dtype == factor.dtype:
+        return torch.mv(d.t(), factor)
+    # high and low half: the factor rounded to bf16 alone would tilt a whole row
+    low = (factor - high).to(d.dtype)
+    return torch.mm(torch.stack((high, low)), d).to(factor.dtype).sum(0)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
