@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .multinomial_nll import click_values, row_clicks
 
 SMALLEST = tl.constexpr(1.2e-38)  # normal fp32 number that stands for an empty row's squared norm
 
@@ -57,15 +58,6 @@ def _program(N_HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _row_range(indptr_ptr, rows_ptr, u):
-    """Where the clicks of the batch's user u begin and end; without rows_ptr user u is matrix row u."""
-    row = u
-    if rows_ptr is not None:
-        row = tl.load(rows_ptr + u)
-    return tl.load(indptr_ptr + row), tl.load(indptr_ptr + row + 1)
-
-
-@triton.jit
 def _positions(start, BLOCK_NNZ: tl.constexpr):
     return start + tl.arange(0, BLOCK_NNZ).to(tl.int64)  # a position passes 2**31 in a large matrix
 
@@ -87,15 +79,6 @@ def _load_clicks(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ: tl.co
 
 
 @triton.jit
-def _load_values(values_ptr, n, mask_n):
-    """Values of clicks n, and 0 outside the mask; without values_ptr every click counts one."""
-    value = mask_n.to(tl.float32)
-    if values_ptr is not None:
-        value = tl.load(values_ptr + n, mask=mask_n, other=0.0)
-    return value
-
-
-@triton.jit
 def _offsets(r, live, d, STRIDE_R: tl.constexpr, STRIDE_D: tl.constexpr, N_HIDDEN: tl.constexpr):
     """Offsets of features d of rows r, and the mask of the live ones."""
     # int64: row 2,100,000 of 1,024 features lies beyond 2**31
@@ -112,7 +95,7 @@ def _sparse_linear_fwd_kernel(
     N_HIDDEN: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     u, d = _program(N_HIDDEN, BLOCK_D)
-    begin, end = _row_range(indptr_ptr, rows_ptr, u)
+    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
 
     # scale by the norm of the whole row, dropped clicks included; 0 for an empty row
     squares = (end - begin).to(tl.float32)
@@ -120,7 +103,7 @@ def _sparse_linear_fwd_kernel(
         squares = 0.0
         for start in range(begin, end, BLOCK_NNZ):
             n = _positions(start, BLOCK_NNZ)
-            value = _load_values(values_ptr, n, n < end)
+            value = click_values(values_ptr, n, n < end)
             squares += tl.sum(value * value, axis=0)
     scale = tl.where(squares > 0.0, keep_scale, 0.0)
     if NORMALIZE:
@@ -132,7 +115,7 @@ def _sparse_linear_fwd_kernel(
     for start in range(begin, end, BLOCK_NNZ):
         offset, mask = _offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
         weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        a = _coefficient(scale, _load_values(values_ptr, n, live), TANH_INPUT)
+        a = _coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         # the next items travel along with these weights: one latency a block instead of two
         n, item, live = _load_clicks(
             indices_ptr, seed_ptr, start + BLOCK_NNZ, end, drop_below, BLOCK_NNZ
@@ -158,11 +141,11 @@ def _sparse_linear_bwd_weight_kernel(
 ):  # fmt: skip
     # a user's programs share the blocks of clicks, not the features: no click is drawn or read twice
     u, part = tl.program_id(0).to(tl.int64) // N_PARTS, tl.program_id(0) % N_PARTS
-    begin, end = _row_range(indptr_ptr, rows_ptr, u)
+    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     scale = tl.load(scale_ptr + u)
     for start in range(begin + part * BLOCK_NNZ, end, N_PARTS * BLOCK_NNZ):
         n, item, live = _load_clicks(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
-        a = _coefficient(scale, _load_values(values_ptr, n, live), TANH_INPUT)
+        a = _coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         for left in range(0, N_HIDDEN, BLOCK_D):
             d = left + tl.arange(0, BLOCK_D)
             row_ptr = dpre_ptr + u * STRIDE_DPRE_U + d.to(tl.int64) * STRIDE_DPRE_D
@@ -184,7 +167,7 @@ def _mark_clicks_kernel(
 ):  # fmt: skip
     # bit u of item i's words: user u of the batch has clicked item i, and that click isn't dropped
     u = tl.program_id(0).to(tl.int64)
-    begin, end = _row_range(indptr_ptr, rows_ptr, u)
+    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     bit = tl.full([BLOCK_NNZ], 1, tl.int32) << (u % 32).to(tl.int32)
     for start in range(begin, end, BLOCK_NNZ):
         n = _positions(start, BLOCK_NNZ)
@@ -241,7 +224,7 @@ def _sparse_linear_bwd_weight_ordered_kernel(
                     if values_ptr is not None:
                         n = _find_click(indptr_ptr, indices_ptr, rows_ptr, u, i, marked)
                     scale = tl.load(scale_ptr + u, mask=marked, other=0.0)
-                    a = _coefficient(scale, _load_values(values_ptr, n, marked), TANH_INPUT)
+                    a = _coefficient(scale, click_values(values_ptr, n, marked), TANH_INPUT)
                     offset, mask = _offsets(u, marked, d, STRIDE_DPRE_U, STRIDE_DPRE_D, N_HIDDEN)
                     dpre = tl.load(dpre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
                     acc += tl.sum(a[:, None] * dpre, axis=0)
@@ -252,8 +235,8 @@ def _sparse_linear_bwd_weight_ordered_kernel(
 
 @triton.jit
 def _first_range(indptr_ptr, rows_ptr, u):
-    """_row_range of user u, where rows are sorted: empty if the user before has the same row."""
-    begin, end = _row_range(indptr_ptr, rows_ptr, u)
+    """row_clicks of user u, where rows are sorted: empty if the user before has the same row."""
+    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     if rows_ptr is not None:
         before = tl.load(rows_ptr + u - 1, mask=u > 0, other=-1)
         end = tl.where(before == tl.load(rows_ptr + u), begin, end)
