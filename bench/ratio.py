@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.machine import describe
-from bench.steps import PROVIDERS, SHAPES, check, new_model
+from bench.steps import FLOORS, PROVIDERS, SHAPES, check, new_model
 
 RESULTS = Path(__file__).parent / "results"
 N_BATCHES = 4  # inputs rotate
@@ -35,6 +35,10 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
         inputs[name] = [providers[name].to_batch(batch) for batch in batches]
         for batch in inputs[name][:2]:
             providers[name].step(batch)  # warm-up: compilation, buffers, moments
+    for name, make in FLOORS.items():
+        providers[name] = make(new_model(shape.n_items).to(device))  # type: ignore[assignment]
+        inputs[name] = [providers[name].to_batch(batches[0])] * N_BATCHES
+        providers[name].step(inputs[name][0])
     times: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(rounds):
         for name in providers:
@@ -48,10 +52,14 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
         low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8)).tolist()
         rows[name] = {
             "ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2),
-            "gradient_error": errors[name], "clicks_per_user": clicks.nnz / clicks.n_users,
         }  # fmt: skip
+        if name in errors:
+            floor = "products-bf16" if providers[name].bf16 else "products"
+            rows[name]["gradient_error"] = errors[name]
+            rows[name]["share_of_floor"] = round(float(np.median(times[floor])) / median, 3)
     return {
         "shape": shape_name,
+        "clicks_per_user": round(clicks.nnz / clicks.n_users, 1),
         "n_items": shape.n_items,
         "batch_size": shape.batch_size,
         "rounds": rounds,

@@ -1,6 +1,6 @@
-"""Render the README's tables from the committed JSON files.
+"""Render the README's tables, and two plots, from the committed JSON files.
 
-python -m bench report            write README.md
+python -m bench report            writes README.md, bench/results/step_time.png and memory.png
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
+SHAPES = ("netflix", "ml20m", "msd", "50k")
 STEP_ROWS = {
     "fastvae-bf16": "**fastvae**, bf16",
     "fastvae": "**fastvae**, fp32",
@@ -42,6 +43,39 @@ def step_table() -> str:
             ratio = rows["dense"]["ms"] / rows[name]["ms"]
             lines.append(f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} |")
     return "\n".join(lines)
+
+
+def peers_table() -> str:
+    """Seconds per epoch and memory of other packages, beside ours in the same run."""
+    result = read("peers_cpu")
+    data, settings = result["data"], result["settings"]
+    lines = [
+        "| Mult-VAE of | s per epoch | times ours | peak GiB |",
+        "| --- | --: | --: | --: |",
+    ]
+    for row in result["models"].values():
+        if "s_per_epoch" in row:
+            lines.append(
+                f"| {row['model']} | {row['s_per_epoch']:.1f} | {row['times_ours']:.1f} | {row['peak_rss_gib']:.2f} |"
+            )
+    lines.append("")
+    lines.append(
+        f"{data['n_users']:,} users x {data['n_items']:,} items of MovieLens-10M, batch {settings['batch_size']}, fp32, "
+        f"{settings['threads']} thread. What they compute differs: see `differs` in bench/results/peers_cpu.json."
+    )
+    return "\n".join(lines)
+
+
+def memory_line() -> str:
+    """Peak memory of training steps at the largest size measured."""
+    result = read("memory_cpu")
+    sizes = result["peak_mib"]
+    n_items = max(map(int, sizes["fastvae"]))
+    peaks = ", ".join(f"{name} {rows[str(n_items)]:,.0f}" for name, rows in sizes.items())
+    return (
+        f"Peak memory of training steps with {n_items:,} items, batch {result['batch_size']}, in MiB: {peaks}. Most of it is "
+        "weights, gradients and Adam's moments, which all have alike."
+    )
 
 
 def quality_table() -> str:
@@ -78,7 +112,12 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"step": step_table, "quality": quality_table}
+TABLES = {
+    "step": step_table,
+    "quality": quality_table,
+    "peers": peers_table,
+    "memory": memory_line,
+}
 
 
 def render(text: str) -> str:
@@ -91,6 +130,36 @@ def render(text: str) -> str:
     return text
 
 
+def draw(name: str, label: str, curves: dict[str, dict[int, float]]) -> None:
+    """A plot over the number of items, a line for each provider."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for provider, points in curves.items():
+        style = "-" if provider.startswith("fastvae") else "--"
+        axis.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", label=provider)
+    axis.set(xlabel="items", ylabel=label, ylim=(0, None), title="CPU, batch 500")
+    axis.legend()
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+
+
+def plots() -> None:
+    """Step time and peak memory by number of items."""
+    results = [read(f"cpu_{shape}") for shape in SHAPES]
+    names = set.intersection(*(set(result["providers"]) for result in results))
+    times = {
+        name: {result["n_items"]: result["providers"][name]["ms"] for result in results}
+        for name in STEP_ROWS
+        if name in names
+    }
+    draw("step_time", "ms per training step", times)
+    sizes = read("memory_cpu")["peak_mib"]
+    peaks = {name: {int(n): mib for n, mib in rows.items()} for name, rows in sizes.items()}
+    draw("memory", "peak MiB of training", peaks)
+
+
 def main(_: list[str]) -> None:
-    """Rewrite README.md."""
+    """Rewrite README.md and draw the plots."""
     README.write_text(render(README.read_text()))
+    plots()

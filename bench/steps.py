@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae import Clicks, MultiVAE, reference
+from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
 from fastvae.synthetic import synthetic_clicks
 from fastvae.train import ItemMajorAdam
 
@@ -119,6 +120,43 @@ def _embedding_bag(model: MultiVAE, bf16: bool) -> Provider:
     return Provider(module, module.loss, adam, lambda clicks: clicks, bf16)
 
 
+class Products:
+    """The floor: the three products of the last layer alone, 6 * n_users * n_items * 600 floating-point operations."""
+
+    def __init__(self, model: MultiVAE, bf16: bool):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.weight = model.decode.output.weight.detach().to(dtype)
+        self.to_batch = self._buffers
+
+    def _buffers(self, clicks: Clicks) -> list[Tensor]:
+        new, (n_users, n_items) = self.weight.new_empty, clicks.shape
+        hidden = torch.randn(n_users, self.weight.shape[1]).to(self.weight)
+        return [
+            hidden,
+            new((n_users, n_items)),
+            torch.empty_like(hidden),
+            torch.empty_like(self.weight),
+        ]
+
+    def step(self, buffers: list[Tensor]) -> None:
+        """logits, gradient for hidden, gradient for the weight."""
+        hidden, logits, dhidden, dweight = buffers
+        step = (
+            ITEMS_PER_GEMM
+            if hidden.dtype == torch.float32 and not hidden.is_cuda
+            else len(self.weight)
+        )
+        for start in range(0, len(self.weight), step):
+            part = slice(start, start + step)
+            torch.mm(hidden, self.weight[part].t(), out=logits[:, part])
+        torch.mm(logits, self.weight, out=dhidden)
+        torch.mm(logits.t(), hidden, out=dweight)
+
+
+FLOORS: dict[str, Callable[[MultiVAE], Products]] = {
+    "products": lambda model: Products(model, False),
+    "products-bf16": lambda model: Products(model, True),
+}
 PROVIDERS: dict[str, Callable[[MultiVAE], Provider]] = {
     "fastvae": lambda model: _fastvae(model, False),
     "fastvae-bf16": lambda model: _fastvae(model, True),

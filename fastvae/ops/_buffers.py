@@ -37,7 +37,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _take(numel: int, dtype: torch.dtype) -> Tensor:
     kept = _pool.setdefault(dtype, [])
-    for n, buffer in enumerate(kept):
+    # the tightest fit first: a large one given to a small request is missing at the next large one
+    for n, buffer in sorted(enumerate(kept), key=lambda place: place[1].numel()):
         # one more than twice too large would hold memory that the caller did not ask for
         if numel <= buffer.numel() <= 2 * numel and _holders(buffer) == 1:
             del kept[n]
