@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ assert fastvae.recommend(model, x, k=2).items.shape == (3, 2)
 """
 WITHOUT_TRITON = """
 import sys
+import tarfile
+import zipfile
 sys.modules["triton"] = None  # what import triton sees where it is not installed
 """
 FALLBACK = """
@@ -61,6 +65,8 @@ def test_has_triton_says_whether_it_is_there():
 def test_importing_needs_neither_triton_nor_the_extras():
     code = """
 import sys
+import tarfile
+import zipfile
 import torch
 before = set(sys.modules)
 import fastvae
@@ -103,3 +109,27 @@ def test_triton_is_required_on_linux_only_and_every_requirement_has_a_lower_boun
     assert [re.sub(r"['\"]", "'", line).replace(" ", "") for line in marked] == [
         "triton>=3.6;platform_system=='Linux'"
     ]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_kernels_and_works_elsewhere(tmp_path):
+    """Built from a source distribution, so that this is checked too."""
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    subprocess.run([*build, "-t", "sdist"], cwd=root, check=True, capture_output=True)
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (unpacked,) = (tmp_path / "source").iterdir()
+    subprocess.run([*build, "-t", "wheel"], cwd=unpacked, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = set(archive.namelist())
+    wanted = {"fastvae/py.typed", "fastvae/kernels/__init__.py", "fastvae/kernels/tiles.py"}
+    assert wanted <= names and len(names) == len(archive.infolist())
+    code = "import fastvae, fastvae.kernels.sparse_linear as k; print(fastvae.__file__); print(k.__file__)"
+    places = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert all(str(tmp_path / "site") in place for place in places.stdout.splitlines())
