@@ -130,18 +130,27 @@ def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
 class _MultiModel(nn.Module):
     """What the two models share; encode_latent and forward differ."""
 
-    def __init__(self, p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, two_heads):
+    two_heads: bool  # whether the encoder gives mu and logvar
+
+    def __init__(
+        self,
+        p_dims: Sequence[int],
+        dropout_enc: Sequence[float] | None = None,
+        dropout_dec: Sequence[float] | None = None,
+        q_dims: Sequence[int] | None = None,
+        tanh_after_dropout: bool = False,
+    ):
         super().__init__()
         name = type(self).__name__
-        p_dims, q_dims = _check_dims(name, p_dims, q_dims)
-        dropout_enc = _check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
-        dropout_dec = _check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
-        self.p_dims, self.q_dims, self.n_items = p_dims, q_dims, p_dims[-1]
-        self.dropout_enc, self.dropout_dec = dropout_enc, dropout_dec
+        self.p_dims, self.q_dims = p_dims, q_dims = _check_dims(name, p_dims, q_dims)
+        self.n_items = p_dims[-1]
+        enc = _check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
+        dec = _check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
+        self.dropout_enc, self.dropout_dec = enc, dec
         self.tanh_after_dropout = tanh_after_dropout
-        out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if two_heads else q_dims
-        self.encode = Encoder(out_dims, dropout_enc, not two_heads, tanh_after_dropout)
-        self.decode = Decoder(p_dims, dropout_dec, tanh_after_dropout)
+        out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if self.two_heads else q_dims
+        self.encode = Encoder(out_dims, enc, not self.two_heads, tanh_after_dropout)
+        self.decode = Decoder(p_dims, dec, tanh_after_dropout)
 
     def config(self) -> dict:
         """The constructor's arguments, for a checkpoint; JSON values only."""
@@ -209,15 +218,7 @@ class MultiVAE(_MultiModel):
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.1 to 2.3.
     """
 
-    def __init__(
-        self,
-        p_dims: Sequence[int],
-        dropout_enc: Sequence[float] | None = None,
-        dropout_dec: Sequence[float] | None = None,
-        q_dims: Sequence[int] | None = None,
-        tanh_after_dropout: bool = False,
-    ):
-        super().__init__(p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, True)
+    two_heads = True
 
     def _sample(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
         mu, logvar = self.encode(x).chunk(2, dim=1)
@@ -255,15 +256,7 @@ class MultiDAE(_MultiModel):
     Arguments as MultiVAE. Source: Liang et al. 2018 (arXiv:1802.05814), section 4.3.
     """
 
-    def __init__(
-        self,
-        p_dims: Sequence[int],
-        dropout_enc: Sequence[float] | None = None,
-        dropout_dec: Sequence[float] | None = None,
-        q_dims: Sequence[int] | None = None,
-        tanh_after_dropout: bool = False,
-    ):
-        super().__init__(p_dims, dropout_enc, dropout_dec, q_dims, tanh_after_dropout, False)
+    two_heads = False
 
     def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
         """z [n_users, n_latent] and None."""
