@@ -17,7 +17,9 @@ import scipy.sparse as sp
 import torch
 
 from bench.machine import describe
-from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, reference
+from bench.memory import peak_mib
+from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, recommend, reference
+from fastvae.synthetic import synthetic_clicks
 from fastvae.train import beta_at, epoch_order
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,7 +130,28 @@ def gowalla() -> dict:
     }
 
 
-STUDIES = {"ml100k": ml100k, "ml10m": ml10m, "gowalla": gowalla}
+def scale() -> dict:
+    """Memory that evaluating and recommending add, 20,000 users x 200,000 items (made-up clicks, an untrained model)."""
+    n_users, n_items = 20_000, 200_000
+    x = synthetic_clicks(n_users, n_items, 20 * n_users)
+    held_out = synthetic_clicks(n_users, n_items, 5 * n_users, seed=1)
+    model = new_model(n_items, 0)
+    row: dict = {"n_users": n_users, "n_items": n_items}
+    before = peak_mib()
+    for name, call in (
+        ("evaluate", lambda: evaluate(model, x, held_out)),
+        ("recommend", lambda: recommend(model, x, 20)),
+    ):
+        started = time.perf_counter()
+        call()
+        row |= {
+            f"{name}_seconds": round(time.perf_counter() - started, 1),
+            f"{name}_extra_mib": round(peak_mib() - before),
+        }
+    return row
+
+
+STUDIES = {"scale": scale, "ml100k": ml100k, "ml10m": ml10m, "gowalla": gowalla}
 
 
 def main(arguments: list[str]) -> None:
