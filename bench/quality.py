@@ -1,6 +1,8 @@
 """Quality on real data: NDCG@100 of fit() beside the dense reference model, and memory of an epoch.
 
-python -m bench quality ml100k | ml10m | gowalla      needs FASTVAE_DATA; writes bench/results/quality_<name>.json
+    python -m bench quality ml100k | ml10m | gowalla | scale      all but scale need FASTVAE_DATA
+
+Each writes bench/results/quality_<name>.json.
 """
 
 from __future__ import annotations
