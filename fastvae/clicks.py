@@ -216,7 +216,7 @@ class Clicks:
         if ids.numel() == 0:
             ids = ids.long()
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"Clicks: rows must be integers, got {_dtype_name(ids.dtype)}")
+            raise TypeError(f"Clicks: rows must be integers, got {dtype_name(ids.dtype)}")
         if ids.ndim != 1:
             raise ValueError(f"Clicks: rows must have 1 dimension, got {ids.ndim}")
         if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < self.n_users:
@@ -285,7 +285,8 @@ def gather_rows(indptr: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     return offsets, position
 
 
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -26,7 +26,7 @@ class RunFolder:
             **model.config(),
             "n_users": train.n_users,
             **settings,
-            "train": train.fingerprint(),
+            "train": None if folder is None else train.fingerprint(),
         }
 
     def start(self) -> None:

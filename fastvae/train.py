@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import read_checkpoint, write_checkpoint
-from .clicks import Clicks
+from .clicks import Clicks, dtype_name
 from .evaluate import evaluate
 from .models import NORMALIZE, MultiDAE, MultiVAE
-from .ops._checks import dtype_name
 from .run import METRIC, ProgressBar, RunFolder
 
 PRECISIONS = ("fp32", "tf32", "bf16")

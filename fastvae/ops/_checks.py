@@ -1,4 +1,4 @@
-"""Argument checks that the ops share; none of them looks at the data, so none waits for a device."""
+"""Argument checks and dtype rules that the ops share; none looks at the data, so none waits for a device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clicks import Clicks
+from ..clicks import Clicks, dtype_name
 
 REDUCTIONS = ("none", "sum", "mean")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """'float32' for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_clicks(op: str, clicks: object) -> None:
@@ -81,6 +76,11 @@ def kernels_of(op: str) -> Any:
         raise RuntimeError(
             f"{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU"
         ) from error
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: fp32 for everything but fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from ._checks import (
     check_tensor,
     kernels_of,
     reduce_users,
+    sum_dtype,
 )
 
 BLOCK_BYTES = 2**21  # fp32 logits worked on at once: in the cache, and few enough calls
@@ -131,11 +132,6 @@ class Targets:
         """sum_i x[u, i] (lse[u] - logit[u, i]) from the clicked logits [nnz]."""
         # maximum and log-sum stay apart: at logits of 1e8 their sum would lose the loss
         return self.per_user(self.times_value((peak[self.user] - clicked) + log_sum[self.user]))
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_blocks(logits: Tensor) -> list[slice]:

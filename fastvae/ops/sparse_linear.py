@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clicks import Clicks, gather_rows
+from ..clicks import Clicks, dtype_name, gather_rows
 from ..reference import dropout_keep
 from . import _buffers
 from ._checks import (
@@ -20,8 +20,8 @@ from ._checks import (
     check_dtypes,
     check_kernel_dtypes,
     check_tensor,
-    dtype_name,
     kernels_of,
+    sum_dtype,
 )
 
 ITEMS_PER_BLOCK = (
@@ -140,7 +140,7 @@ def _sparse_linear(
 def _(indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input):
     n_users = indptr.shape[0] - 1 if rows is None else rows.shape[0]
     y = weight.new_empty((n_users, weight.shape[0]))
-    return y, weight.new_empty((n_users,), dtype=_sum_dtype(weight.dtype))
+    return y, weight.new_empty((n_users,), dtype=sum_dtype(weight.dtype))
 
 
 @torch.library.custom_op("fastvae::sparse_linear_dweight", mutates_args=(), device_types="cpu")
@@ -234,8 +234,8 @@ class _Batch:
         self.user = torch.repeat_interleave(self.offsets.diff())
         self.value: Tensor | None = None
         if values is not None:
-            self.value = values[self.position].to(_sum_dtype(dtype))
-        self.dtype = _sum_dtype(dtype)
+            self.value = values[self.position].to(sum_dtype(dtype))
+        self.dtype = sum_dtype(dtype)
 
     def scale(self, dropout: float, normalize: bool) -> Tensor:
         """s[u] = 1 / (||x[u]|| (1 - dropout)); 0 for a row without clicks and at dropout 1."""
@@ -259,10 +259,6 @@ class _Batch:
             item, user, coefficient = item[keep], user[keep], coefficient[keep]
             offsets = before[offsets]
         return item, coefficient.tanh_() if tanh_input else coefficient, offsets, user
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @_sparse_linear.register_kernel("cuda")
@@ -337,7 +333,7 @@ def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 11
     _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    total = _sum_dtype(y.dtype)
+    total = sum_dtype(y.dtype)
     dy, y = dy.to(total), y.to(total)
     dpre = (dy * (1 - y.square()) if tanh else dy).contiguous()
     dweight = dbias = dvalues = None
