@@ -207,10 +207,10 @@ def _(
 def _exp_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, v and D of some users; k is the row maximum."""
+    """nll, v and D of some users; k is the log-sum-exp, so the exponentials are probabilities and v is N_u."""
     total = sum_dtype(weight.dtype)
     d = _logits(hidden.to(weight.dtype), weight)
-    peak, row_sum = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
+    peak, highest = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
     clicked = torch.empty(len(targets.item), dtype=total)
     for block in row_blocks(d):
         first, last = int(targets.offsets[block.start]), int(targets.offsets[block.stop])
@@ -220,15 +220,14 @@ def _exp_rows(
         local = targets.flat[first:last] - block.start * len(weight)
         torch.take(z, local, out=clicked[first:last])
         torch.amax(z, 1, out=peak[block])
-        z.sub_(peak[block, None]).exp_()
+        torch.softmax(z, 1, out=z)
+        torch.amax(z, 1, out=highest[block])  # 1 / sum_i exp(logits[u, i] - peak[u])
         if d.dtype != total:
-            d[block] = z  # sums of the rounded values: D then adds up to zero over a row
-            z = d[block].to(total)
-        torch.sum(z, 1, out=row_sum[block])
-    v = targets.n_clicks(total) / row_sum
+            d[block] = z
+    n_clicks = targets.n_clicks(total)
     flat = d.view(-1)
-    flat[targets.flat] -= targets.times_value(v.reciprocal()[targets.user]).to(d.dtype)
-    return targets.nll(clicked, peak, row_sum.log()), v, d
+    flat[targets.flat] -= targets.times_value(n_clicks.reciprocal()[targets.user]).to(d.dtype)
+    return targets.nll(clicked, peak, highest.log().neg_()), n_clicks, d
 
 
 def _add_gradient(dweight: Tensor, d: Tensor, scaled: Tensor, first: bool) -> None:

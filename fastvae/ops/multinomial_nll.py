@@ -126,7 +126,9 @@ class Targets:
 
     def per_user(self, t: Tensor) -> Tensor:
         """Sums of t [nnz] over each user's clicks."""
-        return t.new_zeros(len(self.offsets) - 1).index_add_(0, self.user, t)
+        # one after the other: in fp32 a user of 1,000 clicks would lose a digit
+        total = t.new_zeros(len(self.offsets) - 1, dtype=torch.float64)
+        return total.index_add_(0, self.user, t.double()).to(t.dtype)
 
     def nll(self, clicked: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
         """sum_i x[u, i] (lse[u] - logit[u, i]) from the clicked logits [nnz]."""

@@ -256,7 +256,8 @@ class _Batch:
         if seed is not None:
             keep = dropout_keep(seed, self.position, dropout)
             before = F.pad(torch.cumsum(keep, 0), (1, 0))
-            item, user, coefficient = item[keep], user[keep], coefficient[keep]
+            kept = keep.nonzero().squeeze(1)
+            item, user, coefficient = item[kept], user[kept], coefficient[kept]
             offsets = before[offsets]
         return item, coefficient.tanh_() if tanh_input else coefficient, offsets, user
 
