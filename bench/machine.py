@@ -46,11 +46,18 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit, -dirty where tracked files differ from it; results written by the run before do not count."""
     try:
-        here = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    top = Path(__file__).parent.parent
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=top, capture_output=True, text=True, check=True
+    ).stdout.strip()

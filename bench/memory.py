@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from bench.machine import describe
+from bench.steps import PROVIDERS as WAYS
+from bench.steps import Shape, new_model
 
 RESULTS = Path(__file__).parent / "results"
 PROVIDERS = ("fastvae", "fastvae-bf16", "embedding_bag", "dense")
@@ -25,37 +27,45 @@ def peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure(name: str, n_items: int) -> None:
-    """Print the peak that STEPS training steps add to what the imports took; a process of its own calls this."""
-    from bench.steps import PROVIDERS as WAYS
-    from bench.steps import Shape, new_model
-
-    batch = Shape(n_items, CLICKS_PER_USER, BATCH_SIZE).clicks(1)
+def measure(name: str, shape: Shape) -> float:
+    """What STEPS training steps add to this process's peak after the imports, weights and moments included; in MiB."""
+    batch = shape.clicks(1)
     before = peak_mib()
-    provider = WAYS[name](new_model(n_items))
+    provider = WAYS[name](new_model(shape.n_items))
     inputs = provider.to_batch(batch)
     for _ in range(STEPS):
         provider.step(inputs)
-    print(json.dumps(peak_mib() - before))
+    return peak_mib() - before
+
+
+def measure_alone(name: str, shape: Shape) -> float:
+    """measure() in a process of its own."""
+    command = [sys.executable, "-m", "bench", "memory", "--measure", name]
+    command += [str(n) for n in (shape.n_items, shape.clicks_per_user, shape.batch_size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(json.loads(done.stdout.splitlines()[-1]), 1)
 
 
 def main(arguments: list[str]) -> None:
     """Measure every provider at every size, and write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
     parser.add_argument(
-        "--measure", nargs=2, metavar=("PROVIDER", "ITEMS"), help="one case, in this process"
+        "--measure",
+        nargs=4,
+        metavar=("PROVIDER", "ITEMS", "CLICKS_PER_USER", "BATCH_SIZE"),
+        help="one case, in this process",
     )
     one = parser.parse_args(arguments).measure
     if one is not None:
-        measure(one[0], int(one[1]))
+        name, n_items, clicks_per_user, batch_size = one
+        print(measure(name, Shape(int(n_items), float(clicks_per_user), int(batch_size))))
         return
     rows: dict[str, dict[str, float]] = {}
     for name in PROVIDERS:
         rows[name] = {}
         for n_items in ITEMS:
-            command = [sys.executable, "-m", "bench", "memory", "--measure", name, str(n_items)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows[name][str(n_items)] = round(json.loads(done.stdout), 1)
+            shape = Shape(n_items, CLICKS_PER_USER, BATCH_SIZE)
+            rows[name][str(n_items)] = measure_alone(name, shape)
             print(name, n_items, rows[name][str(n_items)], "MiB")
     result = {"machine": describe(), "batch_size": BATCH_SIZE, "peak_mib": rows}
     (RESULTS / "memory_cpu.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bench.machine import describe
+from bench.memory import measure_alone
 from bench.steps import FLOORS, PROVIDERS, SHAPES, check, new_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,19 +23,30 @@ DENSE_LIMIT = 500_000  # items
 
 
 def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict:
-    """Medians and 20/80% quantiles of milliseconds per step, providers taking turns."""
+    """Medians and 20/80% quantiles of milliseconds per step, providers taking turns; and the peak memory of each.
+
+    peak_mib counts weights, gradients, moments and steps: on a GPU what torch allocates (the four inputs with it), on a
+    CPU what a process of its own needs beyond its imports (with torch.compile's own memory).
+    """
     shape = SHAPES[shape_name]
     clicks = shape.clicks(N_BATCHES).to(device)
     batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
-    providers, errors, inputs = {}, {}, {}
+    providers, errors, inputs, peaks = {}, {}, {}, {}
     for name in names:
         if shape.n_items >= DENSE_LIMIT and not name.startswith("fastvae"):
             continue  # two dense batches and their log-probabilities would not fit
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
         providers[name] = PROVIDERS[name](new_model(shape.n_items).to(device))
         errors[name] = check(name, providers[name], batches[0])
         inputs[name] = [providers[name].to_batch(batch) for batch in batches]
         for batch in inputs[name][:2]:
             providers[name].step(batch)  # warm-up: compilation, buffers, moments
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            providers[name].step(inputs[name][2])
+            peaks[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        else:
+            peaks[name] = measure_alone(name, shape)
     for name, make in FLOORS.items():
         providers[name] = make(new_model(shape.n_items).to(device))  # type: ignore[assignment]
         inputs[name] = [providers[name].to_batch(batches[0])] * N_BATCHES
@@ -55,6 +67,7 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
         }  # fmt: skip
         if name in errors:
             floor = "products-bf16" if providers[name].bf16 else "products"
+            rows[name]["peak_mib"] = peaks[name]
             rows[name]["gradient_error"] = errors[name]
             rows[name]["share_of_floor"] = round(float(np.median(times[floor])) / median, 3)
     return {

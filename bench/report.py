@@ -61,7 +61,7 @@ def peers_table() -> str:
     lines.append("")
     lines.append(
         f"{data['n_users']:,} users x {data['n_items']:,} items of MovieLens-10M, batch {settings['batch_size']}, fp32, "
-        f"{settings['threads']} thread. What they compute differs: see `differs` in bench/results/peers_cpu.json."
+        f"{settings['threads']} threads. What they compute differs: see `differs` in bench/results/peers_cpu.json."
     )
     return "\n".join(lines)
 
