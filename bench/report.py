@@ -31,17 +31,19 @@ def read(name: str) -> dict:
 
 
 def step_table() -> str:
-    """Milliseconds per training step on a CPU, at ML-20M's shape."""
+    """Milliseconds per training step and peak memory on a CPU, at ML-20M's shape."""
     result = read("cpu_ml20m")
     rows, machine = result["providers"], result["machine"]
     lines = [
-        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | times faster |",
-        "| --- | --: | --: |",
+        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | times faster | peak MiB |",
+        "| --- | --: | --: | --: |",
     ]
     for name, text in STEP_ROWS.items():
         if name in rows:
             ratio = rows["dense"]["ms"] / rows[name]["ms"]
-            lines.append(f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} |")
+            lines.append(
+                f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} | {rows[name]['peak_mib']:.0f} |"
+            )
     return "\n".join(lines)
 
 

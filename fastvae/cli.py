@@ -230,16 +230,7 @@ def recommend(
             )
         _check_catalogue(run, net.n_items, None, item_ids)
         vocabulary = list(item_ids)
-    n_clicks = x.nnz
-    x, n_unknown = map_items(x, item_ids, vocabulary)
-    if n_unknown:
-        n_empty = int((x.row_lengths() == 0).sum())
-        err.print(
-            f"{n_unknown:,} of {n_clicks:,} clicks are on items that the model does not know and are ignored; "
-            f"{n_empty:,} users have no other",
-            highlight=False,
-            soft_wrap=True,
-        )
+    x = _in_vocabulary(x, item_ids, vocabulary)
     blocks = recommend_blocks(net.to(_device(device)), x, k, items=vocabulary, keep_seen=keep_seen)
     n = write_recommendations(output, user_ids, blocks, vocabulary)
     out.print(f"wrote the top {k} of {n:,} users to {output}", highlight=False, soft_wrap=True)
@@ -352,8 +343,9 @@ def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, item
         raise ValueError(
             f"checkpoint has {n_items} items, data has {len(items)}: {run} was trained on other data"
         )
-    if vocabulary is not None and set(vocabulary) != set(items):
-        other = next(item for item in items if item not in set(vocabulary))
+    known = set(items if vocabulary is None else vocabulary)
+    other = next((item for item in items if item not in known), None)
+    if other is not None:
         raise ValueError(
             f"checkpoint has other items than the data, which has {other!r}: {run} was trained on other data"
         )
@@ -389,6 +381,20 @@ def _saying_where_it_stopped(train_it: Any, *arguments: Any, **settings: Any) ->
         message = f"fastvae: {interrupt or 'stopped'}"
         err.print(message, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _in_vocabulary(x: Clicks, item_ids: Any, vocabulary: list[str]) -> Clicks:
+    """The clicks in the model's items; a line on stderr where some are on others."""
+    known, n_unknown = map_items(x, item_ids, vocabulary)
+    if n_unknown:
+        n_empty = int((known.row_lengths() == 0).sum())
+        err.print(
+            f"{n_unknown:,} of {x.nnz:,} clicks are on items that the model does not know and are ignored; "
+            f"{n_empty:,} users have no other",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return known
 
 
 def _dataset_histories(path: Path, users: str) -> tuple[Clicks, Any, Any]:

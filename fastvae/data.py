@@ -217,25 +217,31 @@ def split_dataset(
     cuts = [len(order) - 2 * n, len(order) - n]
     rows = dict(zip(("train", "vad", "test"), np.split(order, cuts), strict=True))
 
-    # the vocabulary: items of the train users, in the order of their columns
-    train = x.rows(rows["train"]).compact()
-    known = np.bincount(train.indices, minlength=x.n_items) > 0
-    column = np.where(known, np.cumsum(known) - 1, -1)
-    items = events.items[known]
-    parts: dict[str, Any] = {"train": _move_columns(train, column, len(items))}
+    parts, items = _split_clicks(x, rows, events.items, held_out_fraction, rng, strict)
     for name in ("vad", "test"):
-        part = x.rows(rows[name]).compact()
-        inside = _move_columns(part, column, len(items), events.items if strict else None)
-        held_out = _draw_held_out(inside, held_out_fraction, rng)
-        parts[f"{name}_tr"], parts[f"{name}_te"] = _keep(inside, ~held_out), _keep(inside, held_out)
-        info["dropped"][f"{name}_unknown_items"] = part.nnz - inside.nnz
-
+        n_inside = parts[f"{name}_tr"].nnz + parts[f"{name}_te"].nnz
+        info["dropped"][f"{name}_unknown_items"] = int(x.row_lengths()[rows[name]].sum()) - n_inside
     info["items"]["not_in_train"] = info["items"].pop("left") - len(items)
     for name, counts in _count_parts(parts).items():
         info[name] = {**info.get(name, {}), **counts}
     info["settings"] = settings
     users = {f"users_{name}": events.users[ids] for name, ids in rows.items()}
     return Dataset(**parts, **users, items=items, info=info)
+
+
+def _split_clicks(x, rows, item_ids, held_out_fraction, rng, strict) -> tuple[dict[str, Any], Any]:
+    """The clicks of each part by Dataset's names, and the vocabulary: the train users' items in the order of their columns."""
+    train = x.rows(rows["train"]).compact()
+    known = np.bincount(train.indices, minlength=x.n_items) > 0
+    column = np.where(known, np.cumsum(known) - 1, -1)
+    items = item_ids[known]
+    parts: dict[str, Any] = {"train": _move_columns(train, column, len(items))}
+    for name in ("vad", "test"):
+        part = x.rows(rows[name]).compact()
+        inside = _move_columns(part, column, len(items), item_ids if strict else None)
+        held_out = _draw_held_out(inside, held_out_fraction, rng)
+        parts[f"{name}_tr"], parts[f"{name}_te"] = _keep(inside, ~held_out), _keep(inside, held_out)
+    return parts, items
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

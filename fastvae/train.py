@@ -127,8 +127,9 @@ def fit(
     settings = _Settings(
         int(batch_size), float(lr), float(anneal_cap), int(total_anneal_steps), normalize, precision, int(seed)
     )  # fmt: skip
-    _check_fit(model, train, validation, settings, epochs, patience, items)
+    _check_data(model, train, validation, items)
     device = next(model.parameters()).device
+    _check_settings(settings, device, epochs, patience)
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
@@ -422,7 +423,7 @@ def _check_numbers(**numbers: Any) -> None:
             raise TypeError(f"fit: {name} must be a whole number, got {value!r}")
 
 
-def _check_fit(model, train, validation, settings: _Settings, epochs, patience, items) -> None:
+def _check_data(model, train, validation, items) -> None:
     if not isinstance(train, Clicks):
         got = type(train).__name__
         raise TypeError(f"fit: train must be Clicks, got {got}; pass Clicks.from_matrix(x)")
@@ -449,8 +450,16 @@ def _check_fit(model, train, validation, settings: _Settings, epochs, patience, 
         raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
     if items is not None and len({str(item) for item in items}) < len(items):
         raise ValueError("fit: items must be distinct, got one twice")
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    allowed = [p for p in PRECISIONS if p != "tf32" or not on_cpu]
+    if validation is not None:
+        both = (validation[0].row_lengths() > 0) & (validation[1].row_lengths() > 0)
+        if not both.any():
+            raise ValueError(
+                "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
+            )
+
+
+def _check_settings(settings: _Settings, device: torch.device, epochs, patience) -> None:
+    allowed = [p for p in PRECISIONS if p != "tf32" or device.type != "cpu"]
     s = settings
     rules = (
         ("epochs", epochs, epochs >= 0, "be at least 0"),
@@ -466,9 +475,3 @@ def _check_fit(model, train, validation, settings: _Settings, epochs, patience, 
     for name, value, fits, expected in rules:
         if not fits:
             raise ValueError(f"fit: {name} must {expected}, got {value}")
-    if validation is not None:
-        both = (validation[0].row_lengths() > 0) & (validation[1].row_lengths() > 0)
-        if not both.any():
-            raise ValueError(
-                "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
-            )
