@@ -15,7 +15,8 @@ import torch
 
 from bench.machine import describe
 from bench.memory import measure_alone
-from bench.steps import FLOORS, PROVIDERS, SHAPES, check, new_model
+from bench.steps import FLOORS, PROVIDERS, SHAPES, Shape, check, new_model
+from fastvae import Clicks
 
 RESULTS = Path(__file__).parent / "results"
 N_BATCHES = 4  # inputs rotate
@@ -29,47 +30,23 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
     CPU what a process of its own needs beyond its imports (with torch.compile's own memory).
     """
     shape = SHAPES[shape_name]
+    if shape.n_items >= DENSE_LIMIT:  # two dense batches and their log-probabilities would not fit
+        names = [name for name in names if name.startswith("fastvae")]
     clicks = shape.clicks(N_BATCHES).to(device)
     batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
-    providers, errors, inputs, peaks = {}, {}, {}, {}
+    cases, rows = {}, {}
     for name in names:
-        if shape.n_items >= DENSE_LIMIT and not name.startswith("fastvae"):
-            continue  # two dense batches and their log-probabilities would not fit
-        before = torch.cuda.memory_allocated() if device == "cuda" else 0
-        providers[name] = PROVIDERS[name](new_model(shape.n_items).to(device))
-        errors[name] = check(name, providers[name], batches[0])
-        inputs[name] = [providers[name].to_batch(batch) for batch in batches]
-        for batch in inputs[name][:2]:
-            providers[name].step(batch)  # warm-up: compilation, buffers, moments
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            providers[name].step(inputs[name][2])
-            peaks[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        else:
-            peaks[name] = measure_alone(name, shape)
+        cases[name], rows[name] = _prepare(name, shape, batches, device)
     for name, make in FLOORS.items():
-        providers[name] = make(new_model(shape.n_items).to(device))  # type: ignore[assignment]
-        inputs[name] = [providers[name].to_batch(batches[0])] * N_BATCHES
-        providers[name].step(inputs[name][0])
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for turn in range(rounds):
-        for name in providers:
-            started = time.perf_counter()
-            providers[name].step(inputs[name][turn % N_BATCHES])
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    rows = {}
-    for name in providers:
+        floor = make(new_model(shape.n_items).to(device))
+        cases[name], rows[name] = (floor, [floor.to_batch(batches[0])] * N_BATCHES), {}
+    times = _take_turns(cases, rounds, device)
+    for name, row in rows.items():
         low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8)).tolist()
-        rows[name] = {
-            "ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2),
-        }  # fmt: skip
-        if name in errors:
-            floor = "products-bf16" if providers[name].bf16 else "products"
-            rows[name]["peak_mib"] = peaks[name]
-            rows[name]["gradient_error"] = errors[name]
-            rows[name]["share_of_floor"] = round(float(np.median(times[floor])) / median, 3)
+        row |= {"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)}
+    for name in names:
+        floor = rows["products-bf16" if cases[name][0].bf16 else "products"]
+        rows[name]["share_of_floor"] = round(floor["ms"] / rows[name]["ms"], 3)
     return {
         "shape": shape_name,
         "clicks_per_user": round(clicks.nnz / clicks.n_users, 1),
@@ -78,6 +55,37 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
         "rounds": rounds,
         "providers": rows,
     }
+
+
+def _prepare(name: str, shape: Shape, batches: list[Clicks], device: str) -> tuple[tuple, dict]:
+    """A provider that was checked and warmed up, with its inputs; its error and peak memory."""
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    provider = PROVIDERS[name](new_model(shape.n_items).to(device))
+    row = {"gradient_error": check(name, provider, batches[0])}
+    inputs = [provider.to_batch(batch) for batch in batches]
+    for batch in inputs[:2]:
+        provider.step(batch)  # warm-up: compilation, buffers, moments
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        provider.step(inputs[2])
+        row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    else:
+        row["peak_mib"] = measure_alone(name, shape)
+    return (provider, inputs), row
+
+
+def _take_turns(cases: dict[str, tuple], rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each step: one of every case, and again, the inputs rotating."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(-1, rounds):
+        for name, (provider, inputs) in cases.items():
+            started = time.perf_counter()
+            provider.step(inputs[turn % N_BATCHES])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 0:  # the round before the first only warms up
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return times
 
 
 def main(arguments: list[str]) -> None:
