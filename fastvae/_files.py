@@ -81,6 +81,7 @@ def pack_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpack_ids(utf8: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Ids as str objects from what pack_ids gave; ValueError where the two do not fit."""
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != len(utf8) or (np.diff(starts) < 0).any():
         raise ValueError("offsets that do not fit the text")
     text, bounds = utf8.tobytes(), starts.tolist()

@@ -55,6 +55,7 @@ class _Stack(nn.Module):
         return len(self.dropout)
 
     def layer(self, n: int) -> nn.Linear:
+        """linear_n."""
         return self.get_submodule(f"linear_{n}")  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
@@ -70,6 +71,7 @@ class Encoder(nn.Module):
         self.q_layers = _Stack(q_dims, dropout, item_major_first=True)
 
     def forward(self, x: Tensor | Clicks) -> Tensor:
+        """[n_users, q_dims[-1]]: mu and logvar side by side, or MultiDAE's latent; x [n_users, n_items]."""
         n_layers = len(self.q_layers)
         h = self._first(x, tanh=n_layers > 1 or self.tanh_last)
         for n in range(1, n_layers):
@@ -114,6 +116,7 @@ class Decoder(nn.Module):
         return _dropout(self, z, self.p_layers.dropout[last])
 
     def forward(self, z: Tensor) -> Tensor:
+        """Logits [n_users, n_items] of z [n_users, n_latent]."""
         return self.output(self.hidden(z))
 
     @property

@@ -164,6 +164,7 @@ class _Trainer:
         self.best_weights: dict[str, Tensor] | None = None
 
     def run_epochs(self, epochs: int, patience: int | None, bar: ProgressBar, interrupted) -> None:
+        """Train until epochs are done or patience is out; KeyboardInterrupt, with last.pt written, once interrupted() is true."""
         while self.epoch < epochs and not self._out_of_patience(patience):
             whole = self._run_epoch(epochs, bar, interrupted)
             self.save_last()
@@ -364,6 +365,7 @@ class ItemMajorAdam:
         self.adam = torch.optim.Adam(self.views, lr=lr, fused=True, capturable=on_gpu)
 
     def step(self) -> None:
+        """Update the model's weights from its gradients, and drop the gradients."""
         for p, view in zip(self.parameters, self.views, strict=True):
             view.grad = None if p.grad is None else _row_major(p.grad)
             p.grad = None
