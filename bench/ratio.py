@@ -15,36 +15,41 @@ import torch
 
 from bench.machine import describe
 from bench.memory import measure_alone
-from bench.steps import FLOORS, PROVIDERS, SHAPES, Shape, check, new_model
+from bench.steps import FLOORS, ON_GPU_ONLY, PROVIDERS, SHAPES, Shape, check, new_model
 from fastvae import Clicks
 
 RESULTS = Path(__file__).parent / "results"
-N_BATCHES = 4  # inputs rotate
+N_BATCHES = 4  # inputs rotate, up to a batch of 4,096
 DENSE_LIMIT = 500_000  # items
 
 
 def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict:
     """Medians and 20/80% quantiles of milliseconds per step, providers taking turns; and the peak memory of each.
 
-    peak_mib counts weights, gradients, moments and steps: on a GPU what torch allocates (the four inputs with it), on a
+    peak_mib counts weights, gradients, moments and steps: on a GPU what torch allocates (its inputs with it), on a
     CPU what a process of its own needs beyond its imports (with torch.compile's own memory).
     """
     shape = SHAPES[shape_name]
+    if device == "cpu":
+        names = [name for name in names if name not in ON_GPU_ONLY]
     if shape.n_items >= DENSE_LIMIT:  # two dense batches and their log-probabilities would not fit
         names = [name for name in names if name.startswith("fastvae")]
-    clicks = shape.clicks(N_BATCHES).to(device)
+    clicks = shape.clicks(N_BATCHES if shape.batch_size <= 4096 else 1).to(device)
     batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
     cases, rows = {}, {}
     for name in names:
-        cases[name], rows[name] = _prepare(name, shape, batches, device)
+        try:
+            cases[name], rows[name] = _prepare(name, shape, batches, device)
+        except torch.OutOfMemoryError:
+            print(f"{name}: left out, it does not fit the GPU's memory")
     for name, make in FLOORS.items():
         floor = make(new_model(shape.n_items).to(device))
-        cases[name], rows[name] = (floor, [floor.to_batch(batches[0])] * N_BATCHES), {}
+        cases[name], rows[name] = (floor, [floor.to_batch(batches[0])]), {}
     times = _take_turns(cases, rounds, device)
     for name, row in rows.items():
         low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8)).tolist()
         row |= {"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)}
-    for name in names:
+    for name in rows.keys() - FLOORS.keys():
         floor = rows["products-bf16" if cases[name][0].bf16 else "products"]
         rows[name]["share_of_floor"] = round(floor["ms"] / rows[name]["ms"], 3)
     return {
@@ -67,7 +72,7 @@ def _prepare(name: str, shape: Shape, batches: list[Clicks], device: str) -> tup
         provider.step(batch)  # warm-up: compilation, buffers, moments
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        provider.step(inputs[2])
+        provider.step(inputs[-1])
         row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     else:
         row["peak_mib"] = measure_alone(name, shape)
@@ -80,7 +85,7 @@ def _take_turns(cases: dict[str, tuple], rounds: int, device: str) -> dict[str, 
     for turn in range(-1, rounds):
         for name, (provider, inputs) in cases.items():
             started = time.perf_counter()
-            provider.step(inputs[turn % N_BATCHES])
+            provider.step(inputs[turn % len(inputs)])
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn >= 0:  # the round before the first only warms up

@@ -96,8 +96,33 @@ class Provider:
         self.module.zero_grad(set_to_none=True)
 
 
+class Graphed(Provider):
+    """The step as one CUDA graph; only the row ids change between replays, as in fit(cuda_graph=True)."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, batch: Clicks) -> None:
+        """Capture at the first call, then replay."""
+        if self.graph is None:
+            self._capture(batch)
+        self.inputs.row_ids.copy_(batch.row_ids)
+        self.graph.replay()
+
+    def _capture(self, batch: Clicks) -> None:
+        self.inputs = batch.rows(torch.arange(len(batch), device=batch.device))
+        for _ in range(3):  # compiles kernels and makes the moments
+            super().step(self.inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            super().step(self.inputs)
+
+
 def _fastvae(model: MultiVAE, bf16: bool) -> Provider:
     return Provider(model, model.loss, ItemMajorAdam(model, 1e-3), lambda clicks: clicks, bf16)
+
+
+def _graphed(model: MultiVAE, bf16: bool) -> Provider:
+    return Graphed(model, model.loss, ItemMajorAdam(model, 1e-3), lambda clicks: clicks, bf16)
 
 
 def _fastvae_drop_in(model: MultiVAE, bf16: bool) -> Provider:
@@ -153,6 +178,7 @@ class Products:
         torch.mm(logits.t(), hidden, out=dweight)
 
 
+ON_GPU_ONLY = ("fastvae-graph", "fastvae-graph-bf16")
 FLOORS: dict[str, Callable[[MultiVAE], Products]] = {
     "products": lambda model: Products(model, False),
     "products-bf16": lambda model: Products(model, True),
@@ -160,6 +186,8 @@ FLOORS: dict[str, Callable[[MultiVAE], Products]] = {
 PROVIDERS: dict[str, Callable[[MultiVAE], Provider]] = {
     "fastvae": lambda model: _fastvae(model, False),
     "fastvae-bf16": lambda model: _fastvae(model, True),
+    "fastvae-graph": lambda model: _graphed(model, False),
+    "fastvae-graph-bf16": lambda model: _graphed(model, True),
     "fastvae-loss-only": lambda model: _fastvae_drop_in(model, False),
     "dense": lambda model: _dense(model, False, False, False),
     "dense-fused-adam": lambda model: _dense(model, False, True, False),

@@ -236,6 +236,9 @@ class _Trainer:
         try:
             self.graph = _GraphedStep(self)
         except RuntimeError as error:
+            # the capture ran nothing: gradients that it has left behind hold no numbers
+            self.model.zero_grad()
+            self.optimizer.adam.zero_grad()
             reason = str(error).splitlines()[0]
             warnings.warn(
                 f"fit: the step could not be captured as a CUDA graph, eager steps go on ({reason})"

@@ -1,6 +1,7 @@
 """The ops and models on a CUDA device: accuracy, determinism, no waiting, graph replay, opcheck, compile, fit."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -228,3 +229,34 @@ def test_fit_evaluate_recommend_and_resume(tmp_path, precision):
         on_cpu, abs=1e-3
     )
     assert recommend(finals[1], fold_in, 5).items.shape == (30, 5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fit_by_a_cuda_graph_equals_eager_steps(precision):
+    # without dropout and noise both compute the same; 205 users: the last batch of an epoch stays eager
+    train, finals = random_clicks([20] * 205, 500).to("cuda"), []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = MultiDAE([16, 64, 500], dropout_enc=[0.0, 0.0]).cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a failed capture warns
+            result = fit(
+                model, train, epochs=4, batch_size=20, precision=precision, cuda_graph=cuda_graph
+            )
+        finals.append([torch.tensor([row["loss"] for row in result.history]), *model.parameters()])
+    for eager, graphed in zip(*finals, strict=True):
+        torch.testing.assert_close(graphed, eager, rtol=1e-4, atol=1e-5)
+    assert finals[1][0][-1] < finals[1][0][0]
+
+
+def test_a_failed_capture_warns_once_and_goes_on(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    train = random_clicks([20] * 200, 500).to("cuda")
+    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph") as warned:
+        result = fit(
+            MultiVAE([16, 64, 500]).cuda(), train, epochs=2, batch_size=20, cuda_graph=True
+        )
+    assert len(warned) == 1 and len(result.history) == 2

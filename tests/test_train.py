@@ -449,3 +449,60 @@ def test_all_defaults_on_twenty_users():
     net = model()
     result = fit(net, random_clicks([5] * 20, N_ITEMS))
     assert result.best_epoch == 200 and len(result.history) == 200
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch):
+    """fit asks for a graph on a CPU too; the module whose _GraphedStep a test replaces."""
+    module = sys.modules["fastvae.train"]
+    init = module._Trainer.__init__
+
+    def wanting(self, *arguments):
+        init(self, *arguments)
+        self.wants_graph = True
+
+    monkeypatch.setattr(module._Trainer, "__init__", wanting)
+    return module
+
+
+def test_a_graph_is_replayed_for_full_batches_only(graphs_on_a_cpu, monkeypatch):
+    train, replayed = random_clicks([5] * 95, N_ITEMS), []
+
+    class Replay:
+        """What the graph does, without a GPU: the step on the row ids and beta it is given."""
+
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def replay(self, ids, beta):
+            replayed.append(len(ids))
+            self.trainer.compute(train.rows(ids), beta)
+
+    eager, graphed = model(), model()
+    monkeypatch.setattr(graphs_on_a_cpu, "_GraphedStep", Replay)
+    fit(graphed, train, epochs=2, batch_size=10, total_anneal_steps=10)
+    monkeypatch.undo()
+    fit(eager, train, epochs=2, batch_size=10, total_anneal_steps=10)
+    assert_equal_weights(weights(eager), weights(graphed))
+    # nine full batches and a tenth of 5 an epoch, the first three of the run eager
+    assert replayed == [10] * (9 - 3 + 9)
+
+
+def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs_on_a_cpu, monkeypatch):
+    train = random_clicks([5] * 95, N_ITEMS)
+
+    def fail(trainer):
+        for p in trainer.model.parameters():
+            p.grad = torch.full_like(p, math.nan)  # memory that no kernel has filled
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    failed, eager = model(), model()
+    monkeypatch.setattr(graphs_on_a_cpu, "_GraphedStep", fail)
+    with pytest.warns(
+        UserWarning, match=r"eager steps go on \(operation .* capturing\)$"
+    ) as warned:
+        fit(failed, train, epochs=2, batch_size=10)
+    assert len(warned) == 1
+    monkeypatch.undo()
+    fit(eager, train, epochs=2, batch_size=10)
+    assert_equal_weights(weights(eager), weights(failed))
