@@ -405,10 +405,11 @@ def _set_rng(device: torch.device, state: Tensor) -> None:
 def _held_interrupt() -> Iterator[Any]:
     """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
     flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set  # signals reach the main thread only
-        return
     before = signal.getsignal(signal.SIGINT)
+    # signals reach the main thread only, and a background job that ignores Ctrl-C goes on ignoring it
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield flag.is_set
+        return
 
     def handle(*_):
         flag.set()

@@ -1,6 +1,7 @@
 """Lanes: with a GPU the kernel tests run on it, without one they run in Triton's interpreter on the CPU."""
 
 import os
+import signal
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
@@ -22,6 +23,12 @@ def nan_filled_empty():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_interrupts():
+    """Shells start background jobs with SIGINT ignored; the tests of Ctrl-C hold there too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -451,6 +451,23 @@ def test_all_defaults_on_twenty_users():
     assert result.best_epoch == 200 and len(result.history) == 200
 
 
+def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
+    terms = MultiVAE.loss_terms
+
+    def interrupting(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", interrupting)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = fit(model(), random_clicks([5] * 30, N_ITEMS), epochs=1, batch_size=10)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(result.history) == 1
+
+
 @pytest.fixture
 def graphs_on_a_cpu(monkeypatch):
     """fit asks for a graph on a CPU too; the module whose _GraphedStep a test replaces."""
