@@ -1,4 +1,4 @@
-"""Everything that only a GPU can answer, in one go and in this order: tests, step times at every shape, tile search.
+"""Everything that only a GPU can answer, in one go: tests, step times at every shape, tile search.
 
     python -m bench gpu [--seconds 480]      writes bench/results/<card>.json
 
@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def run_part(command: list[str], seconds: float) -> dict:
     started = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-u", "-m", *command],  # -u: what was printed outlives a timeout
             capture_output=True,
             text=True,
             timeout=max(seconds, 1),
@@ -43,6 +44,30 @@ def run_part(command: list[str], seconds: float) -> dict:
     }
 
 
+def parts(card: str) -> list[tuple[float, list[str]]]:
+    """Seconds at most and the command of each part, the most wanted first."""
+    kernel_tests = [
+        f"tests/test_{op}_kernel.py"
+        for op in ("sparse_linear", "multinomial_nll", "linear_multinomial_nll")
+    ]
+    tests = ["pytest", "-q", "--maxfail=20", "tests/test_gpu.py", *kernel_tests]
+
+    def ratio(shape: str, providers: Iterable[str]) -> tuple[float, list[str]]:
+        command = ["bench", "ratio", "--shape", shape, "--name", card, "--provider", *providers]
+        return 90, command
+
+    first = ("ml20m", "ml20m-24576", "1m-1024")
+    eager = [name for name in PROVIDERS if "compiled" not in name]  # compilation takes a minute
+    return [
+        (150, tests),
+        ratio(first[0], PROVIDERS),
+        ratio(first[1], eager),
+        ratio(first[2], ("fastvae-bf16", "fastvae-graph-bf16")),  # 19 GB each
+        (120, ["bench", "tune", "--users", "500"]),
+        *(ratio(shape, eager) for shape in SHAPES if shape not in first),
+    ]
+
+
 def main(arguments: list[str]) -> None:
     """Run the parts within the time given, and write after each what is there so far."""
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
@@ -51,22 +76,9 @@ def main(arguments: list[str]) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu: a GPU is needed, and torch finds none")
     card = torch.cuda.get_device_name().replace(" ", "-").lower()
-    kernel_tests = [
-        f"tests/test_{op}_kernel.py"
-        for op in ("sparse_linear", "multinomial_nll", "linear_multinomial_nll")
-    ]
-    commands = [["pytest", "-q", "-x", "tests/test_gpu.py", *kernel_tests]]
-    eager = [name for name in PROVIDERS if "compiled" not in name]
-    for shape in SHAPES:
-        # compilation takes most of a minute: at one shape only
-        providers = PROVIDERS if shape == "ml20m" else eager
-        commands.append(
-            ["bench", "ratio", "--shape", shape, "--name", card, "--provider", *providers]
-        )
-    commands += [["bench", "tune"]]
     result: dict = {"machine": describe(), "parts": []}
-    for command in commands:
-        result["parts"].append(run_part(command, deadline - time.perf_counter()))
+    for limit, command in parts(card):
+        result["parts"].append(run_part(command, min(limit, deadline - time.perf_counter())))
         last = result["parts"][-1]
         print(
             f"{last['command']}: code {last['code']}, {last['seconds']} s",

@@ -113,7 +113,7 @@ class Graphed(Provider):
         for _ in range(3):  # compiles kernels and makes the moments
             super().step(self.inputs)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with self.optimizer.capturing(), torch.cuda.graph(self.graph):
             super().step(self.inputs)
 
 

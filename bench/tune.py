@@ -108,6 +108,7 @@ def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
             )[0]
 
         name = f"linear_multinomial_nll {kind} {n_users} users"
+        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         search(name, run, tiles.gemm_tile(chip, kind, n_users), gemm_tiles(), options)
         plain = milliseconds(lambda run=run: run(None, False), options.device, options.rounds)
         print(f"{name:44} torch's GEMM and the row kernels: {plain:.4f} ms")

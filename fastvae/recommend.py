@@ -166,7 +166,8 @@ class BlockScorer:
         scores[:, : self.clicks.n_items] = self._logits(start, stop)
         if not self.keep_seen:
             users, items = entries(self.clicks, self.offsets, start, stop)
-            scores[users, items] = -torch.inf
+            # a Python number would be copied to a GPU, and waited for
+            scores.index_put_((users, items), scores.new_full((), -torch.inf))
         return scores
 
     def _logits(self, start: int, stop: int) -> Tensor:

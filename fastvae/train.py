@@ -348,8 +348,16 @@ class _GraphedStep:
         self.ids = torch.zeros(trainer.settings.batch_size, dtype=torch.int64, device=device)
         self.beta = torch.zeros((), device=device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self.graph):
-            trainer.compute(trainer.train.rows(self.ids), self.beta)
+        before = torch.cuda.current_stream(device)
+        try:
+            # a stream of this device: torch's own choice stays on the GPU of the process's first capture
+            with (
+                trainer.optimizer.capturing(),
+                torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)),
+            ):
+                trainer.compute(trainer.train.rows(self.ids), self.beta)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
 
     def replay(self, ids: Tensor, beta: float) -> None:
         """Run the step on a batch of row ids on the device."""
@@ -364,8 +372,7 @@ class ItemMajorAdam:
     def __init__(self, model: nn.Module, lr: float):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.views = [nn.Parameter(_row_major(p.detach())) for p in self.parameters]
-        on_gpu = self.views[0].is_cuda
-        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True, capturable=on_gpu)
+        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True)
 
     def step(self) -> None:
         """Update the model's weights from its gradients, and drop the gradients."""
@@ -374,6 +381,17 @@ class ItemMajorAdam:
             p.grad = None
         self.adam.step()
         self.adam.zero_grad()
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While a CUDA graph is captured; eager steps with capturable=True would warn, and a checkpoint would keep it."""
+        for group in self.adam.param_groups:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in self.adam.param_groups:
+                group["capturable"] = False
 
 
 def _row_major(t: Tensor) -> Tensor:

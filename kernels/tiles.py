@@ -114,6 +114,8 @@ def _gpu_chip(index: int | None) -> str:
         return "gfx942"
     # 12 is the consumer generation after 10: the older instructions and half the shared memory
     major = torch.cuda.get_device_capability(index)[0]
+    if major < 8:
+        return "sm_75"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
@@ -127,6 +129,8 @@ def gemm_tile(chip: str, kind: str, n_users: int) -> GemmTile:
     """Tile of linear_multinomial_nll's GEMM."""
     if chip == "interpreter":
         return _INTERPRETER_GEMM
+    if chip == "sm_75":  # its tensor cores are beyond the compiler: tiles for plain arithmetic
+        chip, kind = "sm_80", "ieee"
     return _GEMM[chip, kind][n_users >= MANY_USERS]
 
 
@@ -135,7 +139,7 @@ def fuses(chip: str, kind: str) -> bool:
 
     Without a tensor core the compiler's product is far behind the vendor library's, by more than a saved pass.
     """
-    return kind != "ieee" or chip == "interpreter"
+    return chip == "interpreter" or (kind != "ieee" and chip != "sm_75")
 
 
 def forward_row_tile(chip: str) -> RowTile:

@@ -109,14 +109,17 @@ def test_loss_equals_the_cpus_and_is_bitwise_repeatable(make):
         assert torch.equal(one, two)
 
 
-def test_a_training_step_never_waits_for_the_device():
-    model, clicks = MultiVAE([16, 64, 500]).cuda(), random_clicks(LENGTHS, 500).to("cuda")
+@pytest.mark.parametrize("normalize", ["none", "clicks"])
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_training_step_never_waits_for_the_device(normalize, counts):
+    model = MultiVAE([16, 64, 500]).cuda()
+    clicks = random_clicks(LENGTHS, 500, counts=counts).to("cuda")
     ids = torch.arange(80, device="cuda").flip(0)
-    model.loss(clicks.rows(ids), 0.2).backward()
+    model.loss(clicks.rows(ids), 0.2, normalize).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.loss(clicks.rows(ids), 0.2).backward()
+        model.loss(clicks.rows(ids), 0.2, normalize).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -126,6 +129,7 @@ def test_graph_replay_with_changing_batches_and_masks():
     model, clicks = MultiDAE([16, 64, 500]).cuda(), random_clicks(LENGTHS, 500).to("cuda")
     ids = torch.arange(10, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             model.zero_grad(set_to_none=True)
@@ -142,6 +146,9 @@ def test_graph_replay_with_changing_batches_and_masks():
         losses.add(loss.item())
     assert len(losses) == 3, "a replay draws a new mask"
     model.eval()
+    model.loss(
+        clicks.rows(ids)
+    ).backward()  # compiles the kernels without dropout: a capture cannot
     graph = torch.cuda.CUDAGraph()
     model.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):

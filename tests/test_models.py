@@ -284,6 +284,7 @@ def test_bad_input_is_named():
         (lambda: model(clicks), ValueError, "MultiVAE: x must have shape [any, 9], got [1, 8]"),
         (lambda: model(torch.ones(9)), ValueError, "MultiVAE: x must have shape [any, 9], got [9]"),
         (lambda: model.loss(torch.ones(2, 9)), TypeError, "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
+        (lambda: model.loss(clicks), ValueError, "loss: clicks must have the model's 9 items, got 8"),
         (lambda: model.loss(clicks, normalize="user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
     ]:  # fmt: skip
         with pytest.raises(error) as caught:
