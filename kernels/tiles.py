@@ -1,6 +1,6 @@
 """Launch configurations: a fixed table by chip and shape. Nothing is tuned at run time.
 
-A chip is a row of the table: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" for tensors on the CPU, which only
+A chip is a row of the table: "sm_75", "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" for tensors on the CPU, which only
 Triton's interpreter can run. A card of another generation takes the newest row that its instructions and its shared
 memory allow. `python -m bench resources` compiles every entry for its chip and prints what it costs.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CHIPS = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 MANY_USERS = 2048  # from here on the widest GEMM tile still fills every multiprocessor
 
 
@@ -55,6 +55,11 @@ class ItemTile(NamedTuple):
 
 # by chip and kind of product; a tile for few users, and one for many
 _GEMM = {
+    # its tensor cores are beyond the compiler: plain arithmetic for every kind
+    **{
+        ("sm_75", kind): (GemmTile(64, 64, 16, 16, 4, 3),) * 2
+        for kind in ("bf16", "fp16", "tf32", "ieee")
+    },
     ("sm_80", "bf16"): (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
     ("sm_80", "fp16"): (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
     ("sm_80", "tf32"): (GemmTile(64, 128, 32, 16, 4, 4), GemmTile(128, 128, 32, 16, 8, 4)),
@@ -129,8 +134,6 @@ def gemm_tile(chip: str, kind: str, n_users: int) -> GemmTile:
     """Tile of linear_multinomial_nll's GEMM."""
     if chip == "interpreter":
         return _INTERPRETER_GEMM
-    if chip == "sm_75":  # its tensor cores are beyond the compiler: tiles for plain arithmetic
-        chip, kind = "sm_80", "ieee"
     return _GEMM[chip, kind][n_users >= MANY_USERS]
 
 
