@@ -144,7 +144,9 @@ def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, 
         shape = kernels.stored_shape(n_users, n_items, compute, needs_grad, max_bytes)
         dtype = kernels.stored_dtype(compute)
     nll, v = (hidden.new_empty((n_users,), dtype=sum_dtype(compute)) for _ in range(2))
-    cast_weight = hidden.new_empty(0) if weight.dtype == compute else weight.to(compute)
+    cast_weight = hidden.new_empty(0)
+    if weight.dtype != compute:
+        cast_weight = weight.new_empty(weight.shape, dtype=compute)
     return nll, v, hidden.new_empty(shape, dtype=dtype), cast_weight
 
 
