@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from bench import resources
+from fastvae.kernels import tiles
 
 ROOT = Path(__file__).parents[1]
 # registers of a thread, and bytes of shared memory of a block, that the chip can give
@@ -107,3 +109,25 @@ def test_the_committed_table_is_what_this_compiler_gives(rows):
         pytest.skip("the committed table is from another version of triton")
     again = "python -m bench resources > bench/results/resources.txt"
     assert committed == resources.table(rows), f"a kernel or a tile has changed: {again}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "chip"),
+    [
+        ((7, 5), "sm_75"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_80"),
+    ],
+)
+def test_a_card_takes_the_newest_row_that_it_can_run(monkeypatch, capability, chip):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    tiles._gpu_chip.cache_clear()
+    try:
+        assert tiles.chip_of(torch.device("cuda", 0)) == chip
+    finally:
+        tiles._gpu_chip.cache_clear()
+    assert tiles.fuses(chip, "bf16") == (chip != "sm_75") and not tiles.fuses(chip, "ieee")
