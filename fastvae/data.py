@@ -464,6 +464,8 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise ValueError(f"version {info.get('version')!r}, while this fastvae reads {VERSION}")
     if set(info["dropped"]) != set(DROPPED) or set(info["kept"]) != set(_PARTS):
         raise ValueError("other counts")
+    if not all(isinstance(info[name], dict) for name in ("n_evaluated", "n_skipped", "source")):
+        raise ValueError("counts of something else")
     users, items = info["users"], info["items"]
     adds_up = (
         info["n_events"] == sum(info["dropped"].values()) + sum(info["kept"].values()),

@@ -920,6 +920,26 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("change", ["missing", "not an object"])
+def test_info_without_one_of_its_parts_is_refused(tmp_path_factory, change):
+    folder = damaged_folder(tmp_path_factory)
+    path = folder / "info.json"
+    original = path.read_bytes()
+    info = json.loads(original)
+    parts = [name for name, part in info.items() if isinstance(part, dict) and name != "settings"]
+    assert {"kept", "dropped", "users", "items", "n_evaluated", "n_skipped", "source"} <= set(parts)
+    try:
+        for name in parts:
+            damaged = {key: value for key, value in info.items() if key != name}
+            if change == "not an object":
+                damaged[name] = 7
+            path.write_text(json.dumps(damaged))
+            with pytest.raises(ValueError, match=r"^dataset: .*info\.json"):
+                Dataset.load(folder)
+    finally:
+        path.write_bytes(original)
+
+
 @PROPERTY
 @given(
     place=st.floats(0, 1, exclude_max=True),
