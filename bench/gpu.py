@@ -56,13 +56,15 @@ def parts(card: str) -> list[tuple[float, list[str]]]:
         command = ["bench", "ratio", "--shape", shape, "--name", card, "--provider", *providers]
         return 90, command
 
-    first = ("ml20m", "ml20m-24576", "1m-1024")
     eager = [name for name in PROVIDERS if "compiled" not in name]  # compilation takes a minute
+    first = {
+        "ml20m": PROVIDERS,
+        "ml20m-24576": eager,
+        "1m-1024": ("fastvae-bf16", "fastvae-graph-bf16"),  # 19 GB each
+    }
     return [
         (150, tests),
-        ratio(first[0], PROVIDERS),
-        ratio(first[1], eager),
-        ratio(first[2], ("fastvae-bf16", "fastvae-graph-bf16")),  # 19 GB each
+        *(ratio(shape, providers) for shape, providers in first.items()),
         (120, ["bench", "tune", "--users", "500"]),
         *(ratio(shape, eager) for shape in SHAPES if shape not in first),
     ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvae import Clicks, MultiVAE, reference
 from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
 from fastvae.synthetic import synthetic_clicks
-from fastvae.train import ItemMajorAdam
+from fastvae.train import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam
 
 BETA = 0.1
 
@@ -97,24 +97,18 @@ class Provider:
 
 
 class Graphed(Provider):
-    """The step as one CUDA graph; only the row ids change between replays, as in fit(cuda_graph=True)."""
+    """The step as one CUDA graph, captured at the first call, as in fit(cuda_graph=True)."""
 
-    graph: torch.cuda.CUDAGraph | None = None
+    graph: GraphedStep | None = None
 
     def step(self, batch: Clicks) -> None:
-        """Capture at the first call, then replay."""
+        """Forward, backward, optimiser, replayed."""
         if self.graph is None:
-            self._capture(batch)
-        self.inputs.row_ids.copy_(batch.row_ids)
-        self.graph.replay()
-
-    def _capture(self, batch: Clicks) -> None:
-        self.inputs = batch.rows(torch.arange(len(batch), device=batch.device))
-        for _ in range(3):  # compiles kernels and makes the moments
-            super().step(self.inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        with self.optimizer.capturing(), torch.cuda.graph(self.graph):
-            super().step(self.inputs)
+            for _ in range(GRAPH_WARM_UP):
+                super().step(batch)
+            eager = super().step
+            self.graph = GraphedStep(lambda clicks, _: eager(clicks), batch, self.optimizer)
+        self.graph.replay(batch, BETA)
 
 
 def _fastvae(model: MultiVAE, bf16: bool) -> Provider:

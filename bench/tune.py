@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.machine import describe
 from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
 from fastvae.synthetic import synthetic_clicks
+from fastvae.train import matmul_precision
 
 N_HIDDEN = 600
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -108,9 +109,9 @@ def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
             )[0]
 
         name = f"linear_multinomial_nll {kind} {n_users} users"
-        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-        search(name, run, tiles.gemm_tile(chip, kind, n_users), gemm_tiles(), options)
-        plain = milliseconds(lambda run=run: run(None, False), options.device, options.rounds)
+        with matmul_precision(kind):
+            search(name, run, tiles.gemm_tile(chip, kind, n_users), gemm_tiles(), options)
+            plain = milliseconds(lambda run=run: run(None, False), options.device, options.rounds)
         print(f"{name:44} torch's GEMM and the row kernels: {plain:.4f} ms")
 
 

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -159,7 +159,7 @@ class _Trainer:
         # nll and kld, summed over the users of this epoch
         self.sums = torch.zeros(2, dtype=torch.float64, device=train.device)
         self.wants_graph = cuda_graph and train.device.type == "cuda"
-        self.graph: _GraphedStep | None = None
+        self.graph: GraphedStep | None = None
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
 
@@ -185,7 +185,7 @@ class _Trainer:
         self.model.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _matmul_precision(s.precision),
+            matmul_precision(s.precision),
         ):
             torch.manual_seed(draw_seed)
             if self.rng is not None:
@@ -206,10 +206,11 @@ class _Trainer:
     def _step(self, ids: Tensor) -> None:
         s = self.settings
         self.beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
-        if self.graph is not None and len(ids) == s.batch_size:
-            self.graph.replay(ids, self.beta)
+        clicks = self.train.rows(ids)
+        if self.graph is not None and len(clicks) == s.batch_size:
+            self.graph.replay(clicks, self.beta)
         else:
-            self.compute(self.train.rows(ids), self.beta)
+            self.compute(clicks, self.beta)
         self.update += 1
         self.batch += 1
         # a GPU is asked now and then: each question waits for it
@@ -234,7 +235,8 @@ class _Trainer:
         """Capture the step once; the eager steps before it have warmed everything up."""
         self.wants_graph = False
         try:
-            self.graph = _GraphedStep(self)
+            ids = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.train.device)
+            self.graph = GraphedStep(self.compute, self.train.rows(ids), self.optimizer)
         except RuntimeError as error:
             # the capture ran nothing: gradients that it has left behind hold no numbers
             self.model.zero_grad()
@@ -340,28 +342,35 @@ class _Trainer:
         self.result.best_epoch, self.result.best_metric = state["best"]
 
 
-class _GraphedStep:
-    """A training step as one CUDA graph; only the row ids and beta change between replays."""
+class GraphedStep:
+    """step(clicks, beta) as one CUDA graph; only the row ids and beta change between replays.
 
-    def __init__(self, trainer: _Trainer):
-        device = trainer.train.device
-        self.ids = torch.zeros(trainer.settings.batch_size, dtype=torch.int64, device=device)
+    clicks     a full batch, on which the step has run before: a capture cannot compile
+    optimizer  the one that step calls
+    """
+
+    def __init__(
+        self, step: Callable[[Clicks, Tensor], None], clicks: Clicks, optimizer: ItemMajorAdam
+    ):
+        device = clicks.device
+        # row ids in memory of its own
+        self.clicks = clicks.rows(torch.arange(len(clicks), device=device))
         self.beta = torch.zeros((), device=device)
         self.graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(device)
         try:
             # a stream of this device: torch's own choice stays on the GPU of the process's first capture
             with (
-                trainer.optimizer.capturing(),
+                optimizer.capturing(),
                 torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)),
             ):
-                trainer.compute(trainer.train.rows(self.ids), self.beta)
+                step(self.clicks, self.beta)
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
 
-    def replay(self, ids: Tensor, beta: float) -> None:
-        """Run the step on a batch of row ids on the device."""
-        self.ids.copy_(ids)
+    def replay(self, clicks: Clicks, beta: float) -> None:
+        """Run the step on another batch of the same matrix and size."""
+        self.clicks.row_ids.copy_(clicks.row_ids)  # type: ignore[union-attr, arg-type]
         self.beta.fill_(beta)
         self.graph.replay()
 
@@ -399,7 +408,8 @@ def _row_major(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str):
+def matmul_precision(precision: str) -> Iterator[None]:
+    """fp32 products on a GPU by TF32 where precision is "tf32", and in full otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

@@ -146,9 +146,8 @@ def test_graph_replay_with_changing_batches_and_masks():
         losses.add(loss.item())
     assert len(losses) == 3, "a replay draws a new mask"
     model.eval()
-    model.loss(
-        clicks.rows(ids)
-    ).backward()  # compiles the kernels without dropout: a capture cannot
+    # compiles the kernels without dropout: a capture cannot
+    model.loss(clicks.rows(ids)).backward()
     graph = torch.cuda.CUDAGraph()
     model.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):

@@ -470,7 +470,7 @@ def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
 
 @pytest.fixture
 def graphs_on_a_cpu(monkeypatch):
-    """fit asks for a graph on a CPU too; the module whose _GraphedStep a test replaces."""
+    """fit asks for a graph on a CPU too; the module whose GraphedStep a test replaces."""
     module = sys.modules["fastvae.train"]
     init = module._Trainer.__init__
 
@@ -488,15 +488,16 @@ def test_a_graph_is_replayed_for_full_batches_only(graphs_on_a_cpu, monkeypatch)
     class Replay:
         """What the graph does, without a GPU: the step on the row ids and beta it is given."""
 
-        def __init__(self, trainer):
-            self.trainer = trainer
+        def __init__(self, step, clicks, optimizer):
+            assert len(clicks) == 10
+            self.step = step
 
-        def replay(self, ids, beta):
-            replayed.append(len(ids))
-            self.trainer.compute(train.rows(ids), beta)
+        def replay(self, clicks, beta):
+            replayed.append(len(clicks))
+            self.step(clicks, beta)
 
     eager, graphed = model(), model()
-    monkeypatch.setattr(graphs_on_a_cpu, "_GraphedStep", Replay)
+    monkeypatch.setattr(graphs_on_a_cpu, "GraphedStep", Replay)
     fit(graphed, train, epochs=2, batch_size=10, total_anneal_steps=10)
     monkeypatch.undo()
     fit(eager, train, epochs=2, batch_size=10, total_anneal_steps=10)
@@ -508,13 +509,13 @@ def test_a_graph_is_replayed_for_full_batches_only(graphs_on_a_cpu, monkeypatch)
 def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs_on_a_cpu, monkeypatch):
     train = random_clicks([5] * 95, N_ITEMS)
 
-    def fail(trainer):
-        for p in trainer.model.parameters():
+    def fail(step, clicks, optimizer):
+        for p in optimizer.parameters:
             p.grad = torch.full_like(p, math.nan)  # memory that no kernel has filled
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     failed, eager = model(), model()
-    monkeypatch.setattr(graphs_on_a_cpu, "_GraphedStep", fail)
+    monkeypatch.setattr(graphs_on_a_cpu, "GraphedStep", fail)
     with pytest.warns(
         UserWarning, match=r"eager steps go on \(operation .* capturing\)$"
     ) as warned:
