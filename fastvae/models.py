@@ -185,7 +185,7 @@ class _MultiModel(nn.Module):
         nll = linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
         kld = torch.zeros_like(nll) if kld is None else kld
         if normalize == "clicks":
-            n_clicks = _n_clicks(clicks)
+            n_clicks = clicks.row_sums()
             per_click = torch.where(n_clicks > 0, 1 / n_clicks.clamp_min(1e-30), 0)
             nll, kld = nll * per_click, kld * per_click
         return nll, kld
@@ -343,14 +343,6 @@ def _wants_loss(model: _MultiModel, beta: float | Tensor | None, normalize: str)
         name = type(model).__name__
         raise ValueError(f"{name}: beta must be given where normalize is {normalize!r}, got None")
     return beta is not None
-
-
-def _n_clicks(clicks: Clicks) -> Tensor:
-    """clicks.row_sums() without waiting for a GPU: counts are summed like weights of one."""
-    if clicks.values is None:
-        return clicks.row_sums()
-    one = torch.ones((1, clicks.n_items), device=clicks.device)
-    return sparse_linear(clicks, one, normalize=False, tanh=False).squeeze(1)
 
 
 def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:

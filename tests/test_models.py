@@ -138,6 +138,16 @@ def test_normalize_by_clicks():
     assert by_clicks.item() == pytest.approx(expected.item())
 
 
+def test_normalize_by_clicks_counts_exactly_under_autocast():
+    model = MultiVAE([4, 6, 9]).eval()
+    clicks = Clicks([0, 2], [1, 3], [200.0, 57.0], n_items=9)  # 257 is no bf16 number
+    with torch.autocast("cpu", torch.bfloat16):
+        nll, by_clicks = (
+            model.loss_terms(clicks, normalize)[0] for normalize in ("none", "clicks")
+        )
+    torch.testing.assert_close(by_clicks * 257, nll)
+
+
 def test_latent_is_sampled_in_training_only():
     model = MultiVAE([1, 4], dropout_enc=[0.0])
     with torch.no_grad():
