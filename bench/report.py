@@ -63,7 +63,8 @@ def peers_table() -> str:
     lines.append("")
     lines.append(
         f"{data['n_users']:,} users x {data['n_items']:,} items of MovieLens-10M, batch {settings['batch_size']}, fp32, "
-        f"{settings['threads']} threads. What they compute differs: see `differs` in bench/results/peers_cpu.json."
+        f"{settings['threads']} threads. Times ours: "
+        "beside our runs directly before and after. What they compute differs: see `differs` in bench/results/peers_cpu.json."
     )
     return "\n".join(lines)
 

@@ -74,6 +74,7 @@ def _categorical(rng: np.random.Generator, probabilities: np.ndarray) -> Draw:
     table = (np.cumsum(probabilities, axis=1) + np.arange(n_rows)[:, None]).ravel()
 
     def draw(rows: np.ndarray) -> np.ndarray:
+        """A column for each row id."""
         place = np.searchsorted(table, rows + rng.random(len(rows)), side="right")
         return np.clip(place - rows * n, 0, n - 1)
 
@@ -98,6 +99,7 @@ def _latent_draw(rng: np.random.Generator, popularity: np.ndarray, n_users: int)
     draw_item = _categorical(rng, topics)
 
     def draw(users: np.ndarray) -> np.ndarray:
+        """An item for each user id."""
         is_popular = rng.random(len(users)) < 0.15
         items = draw_item(np.where(is_popular, n_topics, draw_topic(users)))
         hops = np.flatnonzero(~is_popular & (rng.random(len(users)) < 0.3))
