@@ -21,7 +21,7 @@ REASONS = {
     "checkpoint.py": "checkpoint: {path} must be ..., got ... ({reason})",
     "data.py": "dataset: {file} must be a file of a dataset folder, got ...",
     "train.py": "fit: {path} must hold the state of this run, got another file ({reason})",
-    "events.py": "prepare: events must be a well-formed table, got {file}: ...",
+    "events.py": "events: file must be a well-formed table, got {file}: ...",
 }
 CAUSES = {
     "clicks.py": "Click matrices",

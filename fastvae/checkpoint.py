@@ -22,6 +22,7 @@ from ._files import replacing
 from .models import MultiDAE, MultiVAE
 
 FORMAT = 1
+_WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")
 _MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
 
 
@@ -71,8 +72,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
         ) from error
     if _is_state_dict(parts):
-        # DistributedDataParallel and DataParallel put their own name in front
-        return {"model": {key.removeprefix("module."): value for key, value in parts.items()}}
+        # DistributedDataParallel, DataParallel and torch.compile put their own name in front
+        return {"model": {_WRAPPED.sub("", key): value for key, value in parts.items()}}
     if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
         got = f"the keys {', '.join(map(repr, parts))}"[:120] if isinstance(parts, dict) else "none"
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,8 @@ from .evaluate import METRICS, Evaluation, Popularity, evaluate
 from .events import DROPPED, Events, read_events
 from .export import write_recommendations
 from .models import MultiDAE, MultiVAE
-from .recommend import recommend_blocks
+from .recommend import Recommendations, recommend_blocks
+from .run import read_config
 from .train import fit
 
 app = typer.Typer(
@@ -121,6 +123,11 @@ def train(
     data = Dataset.load(dataset)
     if not 0 <= seed < 2**63:
         raise ValueError(f"train: seed must lie in [0, 2**63), got {seed}")
+    if len(data.users_vad) and not data.info["n_evaluated"]["vad"]:
+        raise ValueError(
+            f"train: dataset must have a validation user with held-out clicks, got none of {len(data.users_vad):,}; prepare "
+            "it with a larger --heldout, or with --heldout 0 to train without validation"
+        )
     torch.manual_seed(seed)
     net = _model(model, hidden, latent, dropout, data.n_items).to(_device(device))
     result = _saying_where_it_stopped(
@@ -232,8 +239,16 @@ def recommend(
         vocabulary = list(item_ids)
     x = _in_vocabulary(x, item_ids, vocabulary)
     blocks = recommend_blocks(net.to(_device(device)), x, k, items=vocabulary, keep_seen=keep_seen)
-    n = write_recommendations(output, user_ids, blocks, vocabulary)
-    out.print(f"wrote the top {k} of {n:,} users to {output}", highlight=False, soft_wrap=True)
+    n_empty: list[int] = []
+    n = write_recommendations(output, user_ids, _counting_empty(blocks, n_empty), vocabulary)
+    most = min(k, len(vocabulary))
+    out.print(f"wrote the top {most} of {n:,} users to {output}", highlight=False, soft_wrap=True)
+    if sum(n_empty):
+        err.print(
+            f"{sum(n_empty):,} users have no recommendation: their history holds every item of the model",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -274,6 +289,13 @@ def show_dataset(dataset: Dataset) -> None:
     table.columns[1].justify = "right"
     for text, n in dataset.report():
         table.add_row(text, f"{n:,}")
+    odd = dataset.info["source"].get("kept_without_a_number", 0)
+    if odd:
+        err.print(
+            f"{odd:,} events have a rating that is not a number and were kept as clicks; with --min-rating they would be dropped",
+            highlight=False,
+            soft_wrap=True,
+        )
     out.print(table)
     sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
     out.print(
@@ -317,7 +339,12 @@ def _model(
         ) from None
     p_dims = [latent, *widths[::-1], n_items]
     dropout_enc = [dropout] + [0.0] * len(widths)
-    return (MultiVAE if kind == "vae" else MultiDAE)(p_dims, dropout_enc)
+    try:
+        return (MultiVAE if kind == "vae" else MultiDAE)(p_dims, dropout_enc)
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's words for too many bytes
+        raise ValueError(
+            f"train: hidden and latent must be widths whose weights fit in memory, got {p_dims}"
+        ) from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -353,11 +380,9 @@ def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, item
 
 def _warn_of_other_split(run: Path, data: Dataset) -> None:
     """A line on stderr where the run was trained on other users than the dataset's: test users may be among them."""
-    path = run / "config.json"
-    if not path.is_file():
+    if not (run / "config.json").is_file():
         return
-    trained_on = json.loads(path.read_text()).get("train")
-    if trained_on != data.train.fingerprint():
+    if read_config(run).get("train") != data.train.fingerprint():
         err.print(
             f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
             "those measured here",
@@ -395,6 +420,15 @@ def _in_vocabulary(x: Clicks, item_ids: Any, vocabulary: list[str]) -> Clicks:
             soft_wrap=True,
         )
     return known
+
+
+def _counting_empty(
+    blocks: Iterator[Recommendations], n_empty: list[int]
+) -> Iterator[Recommendations]:
+    """The blocks, with the number of users who got nothing added to n_empty for each."""
+    for block in blocks:
+        n_empty.append(int((block.items[:, 0] < 0).sum()))
+        yield block
 
 
 def _dataset_histories(path: Path, users: str) -> tuple[Clicks, Any, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _ACCEPTED = "a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks"
-_SPARSE_LAYOUTS = (torch.sparse_csr, torch.sparse_csc, torch.sparse_coo)
+VALUE_RANGE = 1e-12, 1e12  # the squares of a row and their sum stay within fp32
 
 
 class Clicks:
@@ -31,20 +31,21 @@ class Clicks:
 
     indptr   [n_users + 1]  int64   row u is indices[indptr[u]:indptr[u + 1]]
     indices  [nnz]          int32   item of each click
-    values   [nnz]          float32, or None where every click counts one
+    values   [nnz]          float32 in [1e-12, 1e12], or None where every click counts one
     n_items  int            number of columns, below 2**31
     row_ids  [n] int64, or None: this object is that choice of rows of the shared arrays
 
     Duplicates given to the constructor are added up and stored zeros are dropped.
 
-    Raises: ValueError where the arrays do not describe such a matrix, or a value is negative or not finite;
-    TypeError where the indices are not integers. Source: scipy.sparse.csr_array for the layout.
+    Raises: ValueError where the arrays do not describe such a matrix, or a value is negative, not finite or out of
+    range: beyond it the square sum of a row leaves fp32. TypeError where the indices are not integers.
+    Source: scipy.sparse.csr_array for the layout.
     """
 
     def __init__(self, indptr: Any, indices: Any, values: Any = None, n_items: int | None = None):
         indptr, indices = _index_array("indptr", indptr), _index_array("indices", indices)
         values = None if values is None else _value_array(values)
-        n_items = _n_items(indices, n_items)
+        n_items = _size("items", indices, n_items)
         _check_csr(indptr, indices, values, n_items)
         indptr, indices, values = _canonical(indptr, indices, values, n_items)
         self._set(
@@ -128,18 +129,18 @@ class Clicks:
         tensor([2., 1.])
 
         A pair that comes twice counts once, or twice with counts=True. n_users and n_items default to the
-        largest index plus one. Raises: ValueError for lengths that differ or an index out of range.
+        largest index plus one. Raises: ValueError for lengths that differ or an index out of range; ids of another
+        kind, or with wide gaps, have to be numbered first (fastvae.data does).
         """
         users, items = _index_array("users", users), _index_array("items", items)
         if users.shape != items.shape:
             raise ValueError(
                 f"Clicks: users and items must be equally long, got {len(users)} and {len(items)}"
             )
-        n_users = (int(users.max()) + 1 if len(users) else 0) if n_users is None else n_users
+        n_users, n_items = _size("users", users, n_users), _size("items", items, n_items)
         if len(users) and not 0 <= users.min() <= users.max() < n_users:
             bad = users.min() if users.min() < 0 else users.max()
             raise ValueError(f"Clicks: users must lie in [0, {n_users}), got {bad}")
-        n_items = _n_items(items, n_items)
         clicks = cls._from_coo(users, items, np.ones(len(users)), (n_users, n_items))
         return clicks if counts else clicks.binary()
 
@@ -213,17 +214,22 @@ class Clicks:
         ids  [n] integers in [0, n_users). Their range is checked on the CPU; on a GPU that would make the host wait.
         Raises: ValueError for ids out of range, TypeError for ids that are not integers.
         """
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):  # a slice, texts, numbers beyond int64
+            got = repr(ids)[:60]
+            raise TypeError(f"Clicks: rows must be integers, got {got}") from None
         if ids.numel() == 0:
             ids = ids.long()
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Clicks: rows must be integers, got {dtype_name(ids.dtype)}")
+        ids = ids.long()  # torch cannot compare its uint16, uint32, uint64
         if ids.ndim != 1:
             raise ValueError(f"Clicks: rows must have 1 dimension, got {ids.ndim}")
         if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < self.n_users:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"Clicks: rows must lie in [0, {self.n_users}), got {bad}")
-        ids = ids.to(self.device, torch.int64)
+        ids = ids.to(self.device)
         row_ids = ids if self.row_ids is None else self.row_ids[ids]
         return self._like(self.indptr, self.indices, self.values, self.n_items, row_ids)
 
@@ -307,6 +313,8 @@ def _index_array(name: str, array: Any) -> np.ndarray:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(f"Clicks: {name} must be integers, got {array.dtype}")
+    if array.dtype == np.uint64 and len(array) and array.max() >= 2**63:
+        raise ValueError(f"Clicks: {name} must lie below 2**63, got {array.max()}")
     return array.astype(np.int64, copy=False)
 
 
@@ -318,12 +326,17 @@ def _value_array(array: Any) -> np.ndarray:
     return array.astype(np.float64, copy=False)
 
 
-def _n_items(indices: np.ndarray, n_items: int | None) -> int:
-    if n_items is None:
-        n_items = int(indices.max()) + 1 if len(indices) else 0
-    if not 0 <= n_items < 2**31:
-        raise ValueError(f"Clicks: n_items must lie in [0, 2**31), got {n_items}")
-    return int(n_items)
+def _size(name: str, ids: np.ndarray, size: int | None) -> int:
+    """n_users or n_items: as given, or the largest id plus one."""
+    if size is None:
+        size = max(int(ids.max()) + 1, 1) if len(ids) else 0
+    if not isinstance(size, int | np.integer) or isinstance(size, bool):
+        raise TypeError(f"Clicks: n_{name} must be a whole number, got {size!r}")
+    if not 0 <= size < 2**31:
+        raise ValueError(
+            f"Clicks: n_{name} must lie in [0, 2**31), got {size}; number the {name} from 0 without gaps"
+        )
+    return int(size)
 
 
 def _check_csr(
@@ -351,6 +364,9 @@ def _check_csr(
             )
         _check_entries(indptr, "values", values, ~np.isfinite(values), "be finite")
         _check_entries(indptr, "values", values, values < 0, "not be negative")
+        low, high = VALUE_RANGE
+        outside = (values > 0) & (values < low) | (values > high)
+        _check_entries(indptr, "values", values, outside, f"be 0 or lie in [{low:g}, {high:g}]")
 
 
 def _check_entries(indptr, name: str, array, wrong, expected: str) -> None:

@@ -211,7 +211,7 @@ def split_dataset(
     }
     _check_settings(settings)
     x, kept_users, info = _filter(events, min_user_clicks, min_item_clicks)
-    n = _count_heldout(n_heldout, len(kept_users), min_user_clicks)
+    n = _count_heldout(n_heldout, len(kept_users), min_user_clicks, info)
     rng = np.random.default_rng(seed)
     order = rng.permutation(kept_users)
     cuts = [len(order) - 2 * n, len(order) - n]
@@ -288,20 +288,30 @@ def _filter(
     return x, np.flatnonzero(long_enough), info
 
 
-def _count_heldout(n_heldout: float, n_users: int, min_user_clicks: int) -> int:
+def _count_heldout(
+    n_heldout: float, n_users: int, min_user_clicks: int, info: dict[str, Any]
+) -> int:
     is_fraction = not isinstance(n_heldout, Integral)
     n = int(n_heldout * n_users) if is_fraction else int(n_heldout)
     least = max(min_user_clicks, 1)
     if n_users == 0:
+        dropped = sorted(info["dropped"].items(), key=lambda reason: -reason[1])
+        why = "; ".join(
+            f"{n_events:,} with {DROPPED[name]}" for name, n_events in dropped if n_events
+        )
         raise ValueError(
-            f"prepare: events must leave a user with at least {least} clicks, got none after duplicates, missing "
-            "values and ratings below the threshold were dropped; lower the thresholds or add data"
+            f"prepare: events must leave a user with at least {least} clicks, got none of {info['n_events']:,} events "
+            f"(dropped {why}); lower the thresholds or add data"
         )
     if n_users - 2 * n < 1 or (is_fraction and n == 0):
-        way = "raise" if n == 0 else "lower"
+        way = (
+            "add data"
+            if n_users < 3
+            else f"{'raise' if n == 0 else 'lower'} n_heldout, or add data"
+        )
         raise ValueError(
             f"prepare: n_heldout must leave users to train, validate and test on, got {n_heldout} of {n_users} "
-            f"users with at least {least} clicks; {way} n_heldout (--heldout), or add data"
+            f"users with at least {least} clicks; {way}"
         )
     return n
 

@@ -13,6 +13,7 @@ Source: Liang et al. 2018, section 4.2; NDCG_binary_at_k_batch and Recall_at_k_b
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .clicks import Clicks
-from .recommend import BlockScorer, device_of, entries, top_k
+from .recommend import BlockScorer, check_model, device_of, entries, top_k
 
 METRICS = ("ndcg@100", "recall@20", "recall@50")  # what the paper's tables report
 _UNIT = 2**40  # discounts are summed as integers of this unit: exact, so in any order the same
@@ -43,7 +44,7 @@ def ndcg_at_k(scores: Tensor, held_out: Any, k: int) -> Tensor:
     k         int >= 1; above n_items it means n_items
     returns   [n_users] float64 in 0..1, nan for a user without held-out items; not differentiable
 
-    Raises: ValueError for shapes that differ or a k below 1, TypeError for scores that are not floats.
+    Raises: ValueError for shapes that differ, a k below 1, or scores of nan or inf; TypeError for scores that are not floats.
     Source: NDCG_binary_at_k_batch of vae_cf; ties here go to the lower item index.
     """
     return _metric_at_k("ndcg", scores, held_out, k)
@@ -77,7 +78,12 @@ def _metric_at_k(kind: str, scores: Tensor, held_out: Any, k: int) -> Tensor:
         )
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"{name}: k must be an int of at least 1, got {k!r}")
-    _, items = top_k(scores.detach().float(), int(k))
+    best, items = top_k(scores.detach().float(), int(k))
+    bad = int((~(best[:, :1] < torch.inf)).sum())  # a NaN ranks first, so it shows here
+    if bad:
+        raise ValueError(
+            f"{name}: scores must be finite, or -inf for items to leave out, got nan or inf for {bad} of {len(scores)} users"
+        )
     offsets = held_out.indptr.cpu().numpy()
     hits = _hits(items, *entries(held_out, offsets, 0, held_out.n_users), held_out.n_items)
     to_values = _Values([(kind, int(k))], held_out.n_items, scores.device)
@@ -177,7 +183,8 @@ def evaluate(
     returns     Evaluation; users with an empty row in fold_in or held_out are skipped and counted
 
     A GPU is waited for before the first block and after the last, not between. Raises: ValueError for a metric's name, for sizes
-    that do not fit, without evaluable users, or for scores that are not finite.
+    that do not fit, without evaluable users, or for scores that are not finite. Warns where a held-out click is in fold_in
+    too: it cannot be found.
     Source: Liang et al. 2018, section 4.2 and 4.3.
     """
     fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
@@ -190,12 +197,20 @@ def evaluate(
         clicks.rows(torch.from_numpy(users).to(clicks.device)).compact().to(device)
         for clicks in (fold_in, held_out)
     )
+    seen = _n_seen(fold_in, held_out)
     values = _user_values(model, fold_in, held_out, wanted, block_size, progress).cpu().numpy()
     bad = int(values[-1].sum())
     if bad:
         raise ValueError(
             f"evaluate: model must give finite scores, got nan or inf for {bad} of {len(users)} users; "
             "load a checkpoint from before the loss diverged"
+        )
+    n_seen = int(seen)
+    if n_seen:
+        warnings.warn(
+            f"evaluate: held_out must hold no clicks of fold_in, got {n_seen:,} of {held_out.nnz:,} that it holds; "
+            "they count as missed, for the items of fold_in are not ranked",
+            stacklevel=2,
         )
     means, errors = values[:-1].mean(1), values[:-1].std(1) / np.sqrt(len(users))
     return Evaluation(
@@ -237,6 +252,7 @@ def _parse(name: str) -> tuple[str, int]:
 
 
 def _check(model, fold_in, held_out, names, block_size) -> None:
+    check_model("evaluate", model)
     if not names:
         raise ValueError("evaluate: metrics must name at least one metric, got none")
     if fold_in.shape != held_out.shape:
@@ -250,6 +266,18 @@ def _check(model, fold_in, held_out, names, block_size) -> None:
         )
     if block_size is not None and (not isinstance(block_size, int | np.integer) or block_size < 1):
         raise ValueError(f"evaluate: block_size must be an int of at least 1, got {block_size!r}")
+
+
+def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:
+    """How many held-out clicks are in fold_in too, a scalar on the device; both with arrays of their own."""
+    n_items = fold_in.n_items
+    folded, held = (
+        torch.repeat_interleave(x.row_lengths(), output_size=len(x.indices)) * n_items + x.indices
+        for x in (fold_in, held_out)
+    )
+    last = torch.full((1,), len(fold_in) * n_items, device=folded.device)  # beyond every search
+    folded = torch.cat([folded, last])
+    return (folded[torch.searchsorted(folded, held)] == held).sum()
 
 
 def _evaluable(fold_in: Clicks, held_out: Clicks) -> np.ndarray:

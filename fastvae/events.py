@@ -85,6 +85,7 @@ def read_events(
         In a file without a header the columns are called 1, 2, 3, ... and the first three are user, item, rating.
     min_rating  keep ratings >= min_rating; a missing or unparsable rating then drops the event. Without it every
         event is a click, save where a rating column is there and says 0: a stored zero in a matrix is no click.
+        info["source"]["kept_without_a_number"] counts those whose rating is a text such as "4,5".
     separator   default: the one that splits the first line most (tab, ``::``, comma, semicolon, bar), else space.
         In files separated by tab or ``::`` double quotes are ordinary characters.
     header      default: yes where the first line has a known column name, no where it has a number
@@ -95,17 +96,19 @@ def read_events(
     """
     pl = _polars()
     if min_rating is not None and not (isinstance(min_rating, Real) and math.isfinite(min_rating)):
-        raise ValueError(f"prepare: min_rating must be a finite number, got {min_rating!r}")
+        raise ValueError(f"events: min_rating must be a finite number, got {min_rating!r}")
     table = _open_table(path, separator, header, (user, item, rating))
     columns = {"user": table.find("user", user), "item": table.find("item", item)}
     if columns["user"] == columns["item"]:
-        raise ValueError(f"prepare: item must name another column than user, got {item!r} for both")
+        raise ValueError(
+            f"events: item must name another column than user, got {table.names[columns['item']]!r} for both"
+        )
     if rating is not None or min_rating is not None or table.shows("rating"):
         columns["rating"] = table.find("rating", rating)
     frame = table.collect(columns, lambda texts: _reason(pl, texts, min_rating))
     if not len(frame):
         raise ValueError(
-            f"prepare: events must hold at least one event, got none in {table.path.name}"
+            f"events: file must hold at least one event, got none in {table.path.name}"
         )
     n_why = np.bincount(frame["why"].to_numpy(), minlength=len(DROPPED) + 1).tolist()
     source = {
@@ -114,17 +117,19 @@ def read_events(
         "min_rating": None if min_rating is None else float(min_rating),
         "counts": counts,
         "lines_joined_by_quotes": max(table.n_lines - len(frame), 0),
+        "kept_without_a_number": int(frame["odd"].sum()),
     }
     info = {
         "n_events": len(frame),
         "dropped": dict(zip(DROPPED, n_why[1:], strict=True)),
         "source": source,
     }
-    return _encode(pl, frame.filter(pl.col("why") == 0).drop("why"), info, counts)
+    return _encode(pl, frame.filter(pl.col("why") == 0).drop("why", "odd"), info, counts)
 
 
 def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
-    """Lazy columns user, item, and why: 0 to keep the event, else 1 + the place of its reason in DROPPED."""
+    """Lazy columns user, item, why: 0 to keep the event, else 1 + the place of its reason in DROPPED, and odd: kept
+    though its rating is not a number."""
 
     def missing(role: str) -> Any:
         return pl.col(role).is_null() | (pl.col(role).str.strip_chars() == "")
@@ -132,15 +137,18 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     code = {why: k + 1 for k, why in enumerate(DROPPED)}
     why = pl.when(missing("user")).then(code["missing_user"])
     why = why.when(missing("item")).then(code["missing_item"])
+    odd = pl.lit(False)
     if "rating" in texts.collect_schema():
         number = pl.col("rating").str.strip_chars().cast(pl.Float64, strict=False)
         if min_rating is None:
             why = why.when(number == 0).then(code["zero_rating"])
+            odd = ~missing("rating") & ~number.is_finite().fill_null(False)
         else:
             why = why.when(missing("rating")).then(code["missing_rating"])
             why = why.when(~number.is_finite().fill_null(False)).then(code["unparsable_rating"])
             why = why.when(number < min_rating).then(code["below_min_rating"])
-    return texts.select("user", "item", why=why.otherwise(0).cast(pl.UInt8))
+    why = why.otherwise(0).cast(pl.UInt8)
+    return texts.select("user", "item", why=why, odd=odd & (why == 0))
 
 
 def _encode(pl: Any, frame: Any, info: dict[str, Any], counts: bool) -> Events:
@@ -195,7 +203,13 @@ class _Table:
         if not matches or matches[0] >= len(self.names):
             got = "no column with a usual name" if wanted is None else repr(wanted)
             raise ValueError(
-                f"prepare: {role} must name a column of {self.path.name}, got {got}; the columns are {listed(self.names)}"
+                f"events: {role} must name a column of {self.path.name}, got {got}; the columns are {listed(self.names)}"
+            )
+        name = self.names[matches[0]]
+        if self.names.count(name) > 1:
+            raise ValueError(
+                f"events: {role} must name one column of {self.path.name}, got {name!r}, which several are called; "
+                "rename the others"
             )
         return matches[0]
 
@@ -252,7 +266,7 @@ def _open_table(
     pl, path = _polars(), Path(path)
     if not path.is_file():
         got = "a folder" if path.is_dir() else "a special file" if path.exists() else "nothing"
-        raise ValueError(f"prepare: events must be a file, got {got} at {path}")
+        raise ValueError(f"events: path must be a file, got {got} at {path}")
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -265,12 +279,12 @@ def _open_table(
         raise _unreadable(path, error) from error
     if not line.strip():
         raise ValueError(
-            f"prepare: events must start with a header or an event, got an empty first line in {path.name}"
+            f"events: file must start with a header or an event, got an empty first line in {path.name}"
         )
     table = _Table(path, names, separator, True, bool(n_quotes) and separator not in ("\t", "::"))
     if table.quotes and n_quotes % 2:
         raise ValueError(
-            f"prepare: events must close every double quote, got {n_quotes} of them in {path.name}; write a quote inside a field twice"
+            f"events: file must close every double quote, got {n_quotes} of them in {path.name}; write a quote inside a field twice"
         )
     if not (_has_header(table, wanted) if header is None else header):
         table.header, table.names = False, [str(k + 1) for k in range(len(names))]
@@ -288,6 +302,8 @@ def _survey(path: Path, gzipped: bool) -> tuple[str, int, int]:
             n_lines += chunk.count(b"\n")
             end = chunk[-1:]
             chunk = file.read(2**20)
+    if b"\r" in first.rstrip(b"\r\n"):
+        raise OSError("lines that end in CR alone; convert the line ends to LF")
     if len(first) == _MAX_LINE:
         raise OSError(f"a first line of more than {_MAX_LINE} bytes")
     return first.decode("utf-8-sig").rstrip("\r\n"), n_quotes, n_lines + (end != b"\n")
@@ -301,7 +317,7 @@ def _separator(line: str, separator: str | None) -> str:
         len(separator) != 1 or not separator.isascii() or separator in '"\r\n'
     ):
         raise ValueError(
-            f"prepare: separator must be one ASCII character or '::', got {separator!r}"
+            f"events: separator must be one ASCII character or '::', got {separator!r}"
         )
     return separator
 
@@ -321,7 +337,7 @@ def _has_header(table: _Table, wanted: tuple[str | None, ...]) -> bool:
     if any(re.fullmatch(r"\s*-?[0-9]+(\.[0-9]*)?\s*", name) for name in table.names):
         return False
     raise ValueError(
-        f"prepare: events must start with a line of column names, got {listed(table.names)} in {table.path.name}; "
+        f"events: file must start with a line of column names, got {listed(table.names)} in {table.path.name}; "
         "name its user and item columns, or say that it has no header"
     )
 
@@ -343,15 +359,15 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
     text = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, UnicodeError) or re.search("utf-?8", text):
         return ValueError(
-            f"prepare: events must be UTF-8 text or Parquet, got other bytes in {path.name}; convert the file first"
+            f"events: file must be UTF-8 text or Parquet, got other bytes in {path.name}; convert the file first"
         )
     if "more fields" in text:
         return ValueError(
-            f"prepare: events must have no more fields on a line than on the first, got such a line in {path.name}"
+            f"events: file must have no more fields on a line than on the first, got such a line in {path.name}"
         )
     advice = "; look for a stray double quote" if "malformed" in text else ""
     return ValueError(
-        f"prepare: events must be a well-formed table, got {path.name}: {text[:200]}{advice}"
+        f"events: file must be a well-formed table, got {path.name}: {text[:200]}{advice}"
     )
 
 
@@ -360,7 +376,7 @@ def _polars() -> Any:
         import polars
     except ImportError as error:
         raise ImportError(
-            "prepare: reading events needs polars, which is missing; run pip install 'fastvae-cf[cli]'"
+            "events: reading a click log needs polars, which is missing; run pip install 'fastvae-cf[cli]'"
         ) from error
     return polars
 

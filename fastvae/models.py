@@ -13,13 +13,15 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clicks import Clicks
+from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
 from .reference import kld as kl_divergence
 
@@ -203,8 +205,8 @@ class _MultiModel(nn.Module):
         Raises: ValueError, TypeError or RuntimeError for arguments that do not fit.
         Source: Liang et al. 2018, eq. 7 with beta; reference: fastvae.reference.
         """
-        nll, kld = self.loss_terms(clicks, normalize)
-        return (nll + beta * kld).mean() if len(nll) else nll.sum()
+        _check_beta("loss", "beta", beta)
+        return _mean_loss(*self.loss_terms(clicks, normalize), beta)
 
 
 class MultiVAE(_MultiModel):
@@ -286,10 +288,11 @@ def vae_loss_fn(
     inp     [n_users, n_items]  dense, or Clicks (no dense target is built then)
     out     [n_users, n_items]  logits
     mu, logvar  [n_users, n_latent]
-    anneal  weight beta of the kld
-    returns a scalar, nats per user
+    anneal  weight beta of the kld, a float or a scalar tensor
+    returns a scalar, nats per user; 0 without users
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 7 with beta.
     """
+    _check_beta("vae_loss_fn", "anneal", anneal)
     if inp.shape != out.shape:
         raise ValueError(
             f"vae_loss_fn: inp must have shape {list(out.shape)} like out, got {list(inp.shape)}"
@@ -298,15 +301,36 @@ def vae_loss_fn(
         nll = multinomial_nll(out, inp)
     else:
         nll = -(F.log_softmax(out, dim=1) * inp).sum(1)
-    return (nll + anneal * kl_divergence(mu, logvar)).mean()
+    return _mean_loss(nll, kl_divergence(mu, logvar), anneal)
+
+
+def _mean_loss(nll: Tensor, kld: Tensor, beta: float | Tensor) -> Tensor:
+    # an empty batch, the rest of some loaders, counts 0 and not the nan of an empty mean
+    return (nll + beta * kld).mean() if len(nll) else nll.sum()
+
+
+def _check_beta(name: str, label: str, beta: object) -> None:
+    if isinstance(beta, Tensor) and beta.numel() != 1:
+        raise ValueError(f"{name}: {label} must be a scalar, got shape {list(beta.shape)}")
+    if not isinstance(beta, Real | Tensor):
+        raise TypeError(
+            f"{name}: {label} must be a float or a scalar tensor, got {type(beta).__name__}"
+        )
 
 
 def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
+    widths = {}
     for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
-        if dims is not None and not isinstance(dims, Iterable):
-            raise TypeError(f"{name}: {label} must be a list of widths, got {dims!r}")
-    p_dims = [int(width) for width in p_dims]
-    q_dims = p_dims[::-1] if q_dims is None else [int(width) for width in q_dims]
+        if dims is None and label == "q_dims":
+            continue
+        try:
+            widths[label] = [operator.index(width) for width in dims]
+        except TypeError:
+            raise TypeError(
+                f"{name}: {label} must be a list of whole widths, got {dims!r}"
+            ) from None
+    p_dims = widths["p_dims"]
+    q_dims = widths.get("q_dims", p_dims[::-1])
     for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
         if len(dims) < 2 or min(dims) < 1:
             raise ValueError(f"{name}: {label} must be at least two widths above 0, got {dims}")
@@ -358,6 +382,7 @@ def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
         raise TypeError(
             f"{name}: x must be a dense tensor or Clicks, got a sparse one; pass Clicks.from_matrix(x)"
         )
-    if isinstance(x, Tensor) and not x.is_floating_point():
-        return x.to(model.decode.output.weight.dtype)  # 0 and 1 as integers or truth values
-    return x
+    if isinstance(x, Tensor) and x.is_complex():
+        raise TypeError(f"{name}: x must be real, got {dtype_name(x.dtype)}")
+    # integers, truth values, and float64, which numpy makes of everything
+    return x.to(model.decode.output.weight.dtype) if isinstance(x, Tensor) else x

@@ -115,6 +115,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def check_model(name: str, model: Any) -> None:
+    """TypeError unless model is a torch module that says its n_items."""
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "n_items", None), int):
+        got = type(model).__name__
+        raise TypeError(
+            f"{name}: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
+        )
+
+
 def device_of(model: nn.Module, default: torch.device) -> torch.device:
     """Device of the model's first parameter or buffer; default for a model without any."""
     return next((t.device for t in chain(model.parameters(), model.buffers())), default)
@@ -316,6 +325,7 @@ def recommend_blocks(
     _check_int("k", k)
     if block_size is not None:
         _check_int("block_size", block_size)
+    check_model("recommend", model)
     if items is not None and len(items) != model.n_items:
         raise ValueError(
             f"recommend: items must have {model.n_items} ids like the model, got {len(items)}"

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
 
 from ._files import naming, remove_leftovers, write_text
 from .clicks import Clicks
@@ -29,18 +37,33 @@ class RunFolder:
             "train": None if folder is None else train.fingerprint(),
         }
 
-    def start(self) -> None:
-        """Make the folder; it must be new, empty, or left by a run that died before its first checkpoint."""
+    @contextlib.contextmanager
+    def claimed(self, resume: bool) -> Iterator[None]:
+        """Make the folder, or check that it can be resumed, and keep a second training out of it for the block."""
         if self.folder is None:
+            if resume:
+                raise ValueError("fit: run_dir must be given to resume, got None")
+            yield
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"fit: run_dir must be a folder, got a file at {self.folder}")
+        if resume and not self.folder.exists():
+            raise ValueError(
+                f"fit: run_dir must hold a run to resume, got nothing at {self.folder}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder):
+            self._check_resume() if resume else self._start()
+            yield
+
+    def _start(self) -> None:
+        """The folder must be new, empty, or left by a run that died before its first checkpoint."""
+        assert self.folder is not None
         if (self.folder / "last.pt").exists():
             raise ValueError(
                 f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
                 "resume that run or name another folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         names = {path.name for path in self.folder.iterdir()}
         if names and not (names <= {"config.json", "metrics.jsonl", "best.pt"} and self._is_ours()):
@@ -54,18 +77,18 @@ class RunFolder:
     def _is_ours(self) -> bool:
         assert self.folder is not None
         path = self.folder / "config.json"
-        return path.exists() and set(self.config) <= set(_read_config(path))
+        return path.exists() and set(self.config) <= set(read_config(self.folder))
 
-    def check_resume(self) -> None:
+    def _check_resume(self) -> None:
         """ValueError unless the folder holds a run of the same settings."""
-        if self.folder is None:
-            raise ValueError("fit: run_dir must be given to resume, got None")
-        path = self.folder / "config.json"
-        if not path.exists() or not (self.folder / "last.pt").exists():
-            raise ValueError(
-                f"fit: run_dir must hold a run to resume, got {self.folder}; train without resume first"
-            )
-        then = _read_config(path)
+        assert self.folder is not None
+        for name in ("last.pt", "config.json"):
+            if not (self.folder / name).exists():
+                raise ValueError(
+                    f"fit: run_dir must hold a run to resume, got {self.folder} without {name}; "
+                    "train without resume, in a new folder"
+                )
+        then = read_config(self.folder)
         for name, value in self.config.items():
             if then.get(name) != value and name == "train":
                 raise ValueError("fit: train must be the clicks of the run to resume, got others")
@@ -133,14 +156,40 @@ class RunFolder:
         figure.savefig(self.folder / "curve.png", dpi=120)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    descriptor = None
+    if fcntl is not None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"fit: run_dir must be a folder that no other training writes to, got {folder}; "
+                "wait for that one to end, or name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder. Raises: ValueError where it is not there or no such thing."""
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_JSON else None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OSError):
         config = None
     if not isinstance(config, dict):
         raise ValueError(
-            f"fit: {path} must be a run's settings in JSON, got something else; name another folder and train anew"
+            f"run: {path} must be a run's settings in JSON, got something else; "
+            "put the file back, or train anew in another folder"
         )
     return config
 
@@ -194,6 +243,11 @@ class ProgressBar:
         self.progress.update(
             self.task, completed=done, epoch=f"{trainer.epoch + 1}/{epochs}", state=state
         )
+
+    def idle(self, why: str) -> None:
+        """Say that a resumed run has nothing left to train."""
+        if self.progress is not None:
+            self.progress.console.print(f"nothing left to train: {why}", highlight=False)
 
     def epoch_done(self, result: Any, epochs: int) -> None:
         """Print the epoch's line."""

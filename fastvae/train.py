@@ -109,38 +109,43 @@ def fit(
     batch_size  users per update
     lr          learning rate of Adam
     anneal_cap, total_anneal_steps  see beta_at; total_anneal_steps 0 keeps beta at anneal_cap
-    patience    stop after so many epochs without a better NDCG@100; None: never
+    patience    stop after so many epochs without a better validation NDCG@100; None: never
     normalize   "none" or "clicks", see model.loss
     precision   "fp32"; "bf16": products in bf16, weights and sums in fp32; "tf32": on a GPU
     seed        of the order of users, dropout and noise (not of the model's initial weights)
-    run_dir     run folder to write, or None
+    run_dir     run folder to write, or None; one training at a time
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
     items       external item ids [n_items], distinct, to keep with the checkpoints
     progress    show a progress bar (extra cli)
     cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
 
-    Raises: ValueError for settings that do not fit, RuntimeError where the loss is not finite; the last good checkpoint
-    is named. KeyboardInterrupt: last.pt holds the update reached.
+    Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
+    good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
     _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, patience=patience)
     settings = _Settings(
         int(batch_size), float(lr), float(anneal_cap), int(total_anneal_steps), normalize, precision, int(seed)
     )  # fmt: skip
+    _check_model(model, run_dir)
     _check_data(model, train, validation, items)
     device = next(model.parameters()).device
     _check_settings(settings, device, epochs, patience)
+    if patience is not None and validation is None:
+        raise ValueError(f"fit: patience must be None without validation, got {patience}")
+    if cuda_graph and device.type != "cuda":
+        raise ValueError("fit: cuda_graph must be False where the model is not on a GPU, got True")
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
     run = RunFolder(run_dir, model, asdict(settings), train, items)
-    run.check_resume() if resume else run.start()
-    trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
-    if resume:
-        trainer.restore()
-    with ProgressBar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
-        trainer.run_epochs(epochs, patience, bar, interrupted)
-    trainer.finish()
+    with run.claimed(resume):
+        trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
+        if resume:
+            trainer.restore()
+        with ProgressBar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
+            trainer.run_epochs(epochs, patience, bar, interrupted)
+        trainer.finish()
     return trainer.result
 
 
@@ -158,13 +163,17 @@ class _Trainer:
         self.beta = 0.0  # of the latest update
         # nll and kld, summed over the users of this epoch
         self.sums = torch.zeros(2, dtype=torch.float64, device=train.device)
-        self.wants_graph = cuda_graph and train.device.type == "cuda"
+        self.wants_graph = cuda_graph
         self.graph: GraphedStep | None = None
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
 
     def run_epochs(self, epochs: int, patience: int | None, bar: ProgressBar, interrupted) -> None:
         """Train until epochs are done or patience is out; KeyboardInterrupt, with last.pt written, once interrupted() is true."""
+        if self.epoch >= epochs > 0:
+            bar.idle(f"the run has {self.epoch} epochs, asked for are {epochs}")
+        elif self._out_of_patience(patience):
+            bar.idle(f"no better NDCG@100 since epoch {self.result.best_epoch} of {self.epoch}")
         while self.epoch < epochs and not self._out_of_patience(patience):
             whole = self._run_epoch(epochs, bar, interrupted)
             self.save_last()
@@ -277,7 +286,12 @@ class _Trainer:
         }  # fmt: skip
         if self.validation is not None:
             fold_in, held_out = self.validation
-            row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
+            try:
+                row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
+            except ValueError as error:  # fit has checked everything else that evaluate refuses
+                raise RuntimeError(
+                    f"fit: scores must be finite, got nan or inf after epoch {self.epoch}; {self.run.advice()}"
+                ) from error
         self.result.history.append(row)
         self.run.append_metrics(row)
         metric = row.get(METRIC, math.nan)
@@ -457,14 +471,30 @@ def _check_numbers(**numbers: Any) -> None:
             raise TypeError(f"fit: {name} must be a whole number, got {value!r}")
 
 
+def _check_model(model, run_dir) -> None:
+    got = type(model).__name__
+    if not isinstance(model, MultiVAE | MultiDAE):
+        raise TypeError(
+            f"fit: model must be a MultiVAE or MultiDAE, got {got}; pass the model itself where that wraps one"
+        )
+    if run_dir is not None and type(model) not in (MultiVAE, MultiDAE):
+        raise TypeError(
+            f"fit: model must be a MultiVAE or MultiDAE itself where run_dir is given, got {got}; "
+            "load_model could not make it again"
+        )
+
+
 def _check_data(model, train, validation, items) -> None:
-    if not isinstance(train, Clicks):
-        got = type(train).__name__
-        raise TypeError(f"fit: train must be Clicks, got {got}; pass Clicks.from_matrix(x)")
-    for name, clicks in (
-        ("train", train),
-        *zip(("fold_in", "held_out"), validation or (), strict=False),
+    if validation is not None and not (
+        isinstance(validation, tuple | list) and len(validation) == 2
     ):
+        got = type(validation).__name__
+        raise TypeError(f"fit: validation must be two Clicks (fold_in, held_out), got {got}")
+    named = (("train", train), *zip(("fold_in", "held_out"), validation or (), strict=False))
+    for name, clicks in named:
+        if not isinstance(clicks, Clicks):
+            got = type(clicks).__name__
+            raise TypeError(f"fit: {name} must be Clicks, got {got}; pass Clicks.from_matrix(x)")
         if clicks.n_items != model.n_items:
             raise ValueError(
                 f"fit: {name} must have the model's {model.n_items} items, got {clicks.n_items}"
@@ -498,8 +528,13 @@ def _check_settings(settings: _Settings, device: torch.device, epochs, patience)
     rules = (
         ("epochs", epochs, epochs >= 0, "be at least 0"),
         ("batch_size", s.batch_size, s.batch_size >= 1, "be at least 1"),
-        ("lr", s.lr, 0 < s.lr < math.inf, "be above 0"),
-        ("anneal_cap", s.anneal_cap, 0 <= s.anneal_cap < math.inf, "be at least 0"),
+        ("lr", s.lr, 0 < s.lr < math.inf, "be a finite number above 0"),
+        (
+            "anneal_cap",
+            s.anneal_cap,
+            0 <= s.anneal_cap < math.inf,
+            "be a finite number of at least 0",
+        ),
         ("total_anneal_steps", s.total_anneal_steps, s.total_anneal_steps >= 0, "be at least 0"),
         ("seed", s.seed, 0 <= s.seed < 2**63, "lie in [0, 2**63)"),
         ("patience", patience, patience is None or patience >= 1, "be at least 1"),

@@ -284,6 +284,24 @@ def test_a_state_dict_in_torchs_old_format_is_read(tmp_path):
 # a resume from what is not a run
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_the_state_dict_of_a_wrapped_model_is_read(tmp_path, prefix):
+    torch.save(
+        {prefix + key: value for key, value in model().state_dict().items()}, tmp_path / "m.pt"
+    )
+    loaded, _ = load_model(tmp_path / "m.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model().parameters(), strict=True)
+    )
+
+
+def test_the_state_dict_of_a_compiled_model_is_read(tmp_path):
+    torch.save(torch.compile(model()).state_dict(), tmp_path / "m.pt")
+    assert load_model(tmp_path / "m.pt")[0].config() == model().config()
+
+
 def run(folder):
     fit(model(), random_clicks([2, 3], 5), epochs=1, run_dir=folder, items=ITEMS)
     return folder
@@ -302,7 +320,8 @@ def test_a_broken_config_is_refused_in_one_sentence(tmp_path, content):
     with pytest.raises(ValueError) as caught:
         resume(tmp_path)
     assert str(caught.value) == (
-        f"fit: {path} must be a run's settings in JSON, got something else; name another folder and train anew"
+        f"run: {path} must be a run's settings in JSON, got something else; put the file back, or train anew "
+        "in another folder"
     )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,8 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
         (("prepare", "log.csv", "out", "--heldout", 500), "prepare: "),
         (("train", "missing", "run"), "write one with fastvae prepare"),
         (("train", "data", "run", "--model", "gan"), "train: model must be vae or dae, got gan"),
+        (("train", "data", "run", "--latent", 10**12), "train: hidden and latent must be widths whose weights fit in memory, got [1000000000000, 600, 60]"),
+        (("train", "data", "run", "--latent", 10**30), "train: hidden and latent must be widths whose weights fit in memory"),
         (("train", "data", "run", "--hidden", "wide"), "train: hidden must be widths such as"),
         (("train", "data", "run", "--batch-size", 0), "fit: batch_size must be at least 1, got 0"),
         (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
@@ -202,6 +205,7 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
         (("evaluate", "missing", "data"), "run must be a run folder or a checkpoint, got nothing at missing"),
         (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
         (("evaluate", "missing", "data", "--users", "all"), "evaluate: users must be test or vad, got all"),
+        (("demo", "one_user.csv"), "got 1 of 1 users with at least 5 clicks; add data"),
         (("recommend", "missing", "log.csv", "top.csv"), "run must be a run folder or a checkpoint, got nothing at missing"),
     ],
 )  # fmt: skip
@@ -209,6 +213,7 @@ def test_errors_are_one_sentence_and_exit_code_2(
     prepared, run, monkeypatch, tmp_path, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
+    Path("one_user.csv").write_text("user,item\n" + "".join(f"u,{i}\n" for i in range(9)))
     code, out, err = run(*arguments)
     assert code == 2 and out == ""
     assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
@@ -269,6 +274,49 @@ def test_recommend_never_overwrites_its_input_and_says_what_it_drops(tmp_path, r
     assert code == 2 and "it is for dataset folders" in err
 
 
+def test_recommend_says_how_many_it_wrote_and_who_got_nothing(tmp_path, run, prepared):
+    train(run, prepared[1], tmp_path / "run")
+    items = load_model(tmp_path / "run" / "best.pt")[1]
+    with open(tmp_path / "all.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("user", "item"), *(("full", item) for item in items), ("new", items[0])]
+        )
+    code, out, err = run(
+        "recommend", tmp_path / "run", tmp_path / "all.csv", tmp_path / "t.csv", "-k", 500
+    )
+    assert code == 0 and f"wrote the top {len(items)} of 2 users" in out
+    assert err == "1 users have no recommendation: their history holds every item of the model\n"
+    code, _, err = run("recommend", tmp_path / "run", tmp_path / "none.csv", tmp_path / "t.csv")
+    assert (
+        code == 2
+        and err == f"fastvae: events: path must be a file, got nothing at {tmp_path}/none.csv\n"
+    )
+
+
+def test_a_broken_config_is_named_where_it_is_read(tmp_path, run, prepared):
+    train(run, prepared[1], tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text("{")
+    code, out, err = run("evaluate", tmp_path / "run", prepared[1])
+    assert code == 2 and out == ""
+    assert err.startswith(f"fastvae: run: {config} must be a run's settings in JSON")
+    config.unlink()
+    assert run("evaluate", tmp_path / "run", prepared[1])[0] == 0
+
+
+def test_users_of_one_click_leave_nothing_to_validate_on(tmp_path, run):
+    lines = "".join(f"u{u},i{u % 3}\n" for u in range(30))
+    (tmp_path / "log.csv").write_text("user,item\n" + lines)
+    data, folder = tmp_path / "data", tmp_path / "run"
+    assert run("prepare", tmp_path / "log.csv", data, "--min-user-clicks", 1)[0] == 0
+    code, _, err = train(run, data, folder)
+    assert code == 2 and err == (
+        "fastvae: train: dataset must have a validation user with held-out clicks, got none of 3; prepare it with a "
+        "larger --heldout, or with --heldout 0 to train without validation\n"
+    )
+    assert not folder.exists()
+
+
 def test_another_split_of_the_log_is_warned_about_and_not_resumed(tmp_path, run, prepared):
     log, data = prepared
     train(run, data, tmp_path / "run")
@@ -312,6 +360,13 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path, run, prepared, monkeypatch):
     code, _, err = train(run, data, tmp_path / "run")
     assert code == 130 and "stopped after 1 epochs and 2 batches; saved in" in err
     assert "resume to go on" in err and "Traceback" not in err
+
+
+def test_ratings_that_are_no_numbers_are_pointed_out(tmp_path, run):
+    lines = [f"u{u};i{i};4,5" for u in range(20) for i in range(8)]
+    (tmp_path / "log.csv").write_text("user;item;rating\n" + "\n".join(lines) + "\n")
+    code, _, err = run("prepare", tmp_path / "log.csv", tmp_path / "data", "--heldout", 2)
+    assert code == 0 and "160 events have a rating that is not a number and were kept" in err
 
 
 def test_a_stray_quote_is_pointed_out(tmp_path, run):

@@ -83,6 +83,20 @@ def test_the_first_layer_is_the_same_for_every_mix_of_dtypes(indptr_dtype, indic
         torch.testing.assert_close(sparse_linear(clicks, weight), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1e-12, 1e12])
+def test_values_at_the_ends_of_their_range_keep_the_rows_norm(value):
+    clicks = Clicks([0, 3], [0, 1, 4], [value, value, 0.5 * value + 0.5e-12], n_items=5)
+    y = sparse_linear(clicks, torch.eye(5), tanh=False)
+    x = clicks.to_dense().double()
+    torch.testing.assert_close(y, (x / x.norm()).float())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int64"])
+def test_rows_of_every_integer_dtype(dtype):
+    chosen = Clicks.from_matrix(DENSE).rows(np.array([2, 0], dtype))
+    assert_is(chosen, DENSE[[2, 0]])
+
+
 def test_choosing_one_row_stays_two_dimensional():
     row = Clicks.from_matrix(DENSE).rows([2])
     assert row.shape == (1, 4) and row.to_dense().tolist() == [[3.0, 0.0, 0.0, 0.0]]
@@ -200,8 +214,10 @@ def test_gather_rows_gives_positions_in_the_whole_matrix():
         (([0, 1], [0], [1.0, 2.0], 5), ValueError, "Clicks: values must have shape [1], got [2]"),
         (([0, 0, 1], [3], [float("nan")], 5), ValueError, "Clicks: values must be finite, got nan at row 1, position 0"),
         (([0, 1], [3], [-1.0], 5), ValueError, "Clicks: values must not be negative, got -1.0 at row 0, position 0"),
+        (([0, 1], [3], [1e39], 5), ValueError, "Clicks: values must be 0 or lie in [1e-12, 1e+12], got 1e+39 at row 0, position 0"),
+        (([0, 2], [1, 3], [1.0, 1e-13], 5), ValueError, "Clicks: values must be 0 or lie in [1e-12, 1e+12], got 1e-13 at row 0, position 1"),
         (([0, 1], [3], ["a"], 5), TypeError, "Clicks: values must be real numbers, got <U1"),
-        (([0, 0], [], None, 2**31), ValueError, "Clicks: n_items must lie in [0, 2**31), got 2147483648"),
+        (([0, 0], [], None, 2**31), ValueError, "Clicks: n_items must lie in [0, 2**31), got 2147483648; number the items from 0 without gaps"),
     ],
 )  # fmt: skip
 def test_bad_arrays_are_named(arguments, error, message):
@@ -222,6 +238,13 @@ def test_bad_containers_rows_and_pairs_are_named():
         (lambda: Clicks.from_pairs([0], [0, 1]), ValueError, "must be equally long, got 1 and 2"),
         (lambda: Clicks.from_pairs([4], [0], n_users=3), ValueError, "Clicks: users must lie in [0, 3), got 4"),
         (lambda: Clicks.from_pairs([0], [4], n_items=3), ValueError, "Clicks: indices must lie in [0, 3), got 4"),
+        (lambda: Clicks.from_pairs([0], [-1]), ValueError, "Clicks: indices must lie in [0, 1), got -1"),
+        (lambda: Clicks.from_pairs([-1], [0]), ValueError, "Clicks: users must lie in [0, 1), got -1"),
+        (lambda: Clicks.from_pairs([10**15], [0]), ValueError, "Clicks: n_users must lie in [0, 2**31), got 1000000000000001; number the users from 0 without gaps"),
+        (lambda: Clicks.from_pairs(np.array([2**63], np.uint64), [0]), ValueError, "Clicks: users must lie below 2**63, got 9223372036854775808"),
+        (lambda: Clicks.from_pairs([0], [0], n_items=2.5), TypeError, "Clicks: n_items must be a whole number, got 2.5"),
+        (lambda: Clicks.from_matrix(DENSE).rows(slice(0, 2)), TypeError, "Clicks: rows must be integers, got slice(0, 2, None)"),
+        (lambda: Clicks.from_matrix(DENSE).rows(["a"]), TypeError, "Clicks: rows must be integers, got ['a']"),
     ]  # fmt: skip
     for call, error, message in cases:
         with pytest.raises(error) as caught:

@@ -188,6 +188,21 @@ def test_duplicate_pairs_count_once_or_as_often_as_they_come(tmp_path):
     assert counted.info["dropped"]["duplicates"] == 1
 
 
+def test_ratings_that_are_no_numbers_are_counted_or_named(tmp_path):
+    path = write(tmp_path, "comma.csv", "user;item;rating\nu;a;4,5\nu;b;3\nu;c;\nu;d;0\n;e;x\n")
+    events = read_events(path)
+    assert pairs_of(events) == [("u", "a"), ("u", "b"), ("u", "c")]
+    assert events.info["source"]["kept_without_a_number"] == 1
+    assert read_events(path, min_rating=1).info["source"]["kept_without_a_number"] == 0
+    with pytest.raises(ValueError) as error:
+        split_dataset(read_events(path, min_rating=4), 0, min_user_clicks=1)
+    assert str(error.value) == (
+        "prepare: events must leave a user with at least 1 clicks, got none of 5 events (dropped 2 with a rating below "
+        "min_rating; 1 with no user id; 1 with no rating; 1 with a rating that is not a number); lower the thresholds or "
+        "add data"
+    )
+
+
 def test_columns_can_be_named(tmp_path):
     named = write(tmp_path, "named.csv", "who,what,user,item\nu,a,1,2\n")
     assert pairs_of(read_events(named, user="who", item="what")) == [("u", "a")]
@@ -205,73 +220,88 @@ BAD_FILES = {
     "no_item.csv": (
         "user,thing\nu,a\n",
         {},
-        "prepare: item must name a column of no_item.csv, got no column with a usual name; the columns are 'user', 'thing'",
+        "events: item must name a column of no_item.csv, got no column with a usual name; the columns are 'user', 'thing'",
     ),
     "wrong_name.csv": (
         "user,item\nu,a\n",
         {"user": "uid"},
-        "prepare: user must name a column of wrong_name.csv, got 'uid'; the columns are 'user', 'item'",
+        "events: user must name a column of wrong_name.csv, got 'uid'; the columns are 'user', 'item'",
     ),
     "same.csv": (
         "user,item\nu,a\n",
         {"item": "user"},
-        "prepare: item must name another column than user, got 'user' for both",
+        "events: item must name another column than user, got 'user' for both",
+    ),
+    "same_guess.csv": (
+        "user,item\nu,a\n",
+        {"user": "item"},
+        "events: item must name another column than user, got 'item' for both",
+    ),
+    "twice.csv": (
+        "user,item,item\nu,a,b\n",
+        {},
+        "events: item must name one column of twice.csv, got 'item', which several are called; rename the others",
+    ),
+    "old_mac.csv": (
+        "user,item\ru,a\r",
+        {},
+        "events: file must be a well-formed table, got old_mac.csv: lines that end in CR alone; convert the line ends to LF",
     ),
     "unknown_words.csv": (
         "who,what\nu,a\n",
         {},
-        "prepare: events must start with a line of column names, got 'who', 'what' in unknown_words.csv; "
+        "events: file must start with a line of column names, got 'who', 'what' in unknown_words.csv; "
         "name its user and item columns, or say that it has no header",
     ),
     "no_rating.csv": (
         "1,2\n",
         {"min_rating": 4},
-        "prepare: rating must name a column of no_rating.csv, got no column with a usual name; the columns are '1', '2'",
+        "events: rating must name a column of no_rating.csv, got no column with a usual name; the columns are '1', '2'",
     ),
     "empty.csv": (
         "",
         {},
-        "prepare: events must start with a header or an event, got an empty first line in empty.csv",
+        "events: file must start with a header or an event, got an empty first line in empty.csv",
     ),
     "header_only.csv": (
         "user,item\n",
         {},
-        "prepare: events must hold at least one event, got none in header_only.csv",
+        "events: file must hold at least one event, got none in header_only.csv",
     ),
     "latin1.csv": (
         "user,item\nu,caf\xe9\n".encode("latin1"),
         {},
-        "prepare: events must be UTF-8 text or Parquet, got other bytes in latin1.csv; convert the file first",
+        "events: file must be UTF-8 text or Parquet, got other bytes in latin1.csv; convert the file first",
     ),
     "utf16.csv": (
         "user,item\nu,a\n".encode("utf-16"),
         {},
-        "prepare: events must be UTF-8 text or Parquet, got other bytes in utf16.csv; convert the file first",
+        "events: file must be UTF-8 text or Parquet, got other bytes in utf16.csv; convert the file first",
     ),
     "ragged.csv": (
         "user,item\nu,a\nu,a,b\n",
         {},
-        "prepare: events must have no more fields on a line than on the first, got such a line in ragged.csv",
+        "events: file must have no more fields on a line than on the first, got such a line in ragged.csv",
     ),
     "open_quote.csv": (
         'user,item\nu,"a\nv,b\n',
         {},
-        "prepare: events must close every double quote, got 1 of them in open_quote.csv; write a quote inside a field twice",
+        "events: file must close every double quote, got 1 of them in open_quote.csv; write a quote inside a field twice",
     ),
     "long.csv": (
         "user,item" + "x" * 70_000,
         {},
-        "prepare: events must be a well-formed table, got long.csv: a first line of more than 65536 bytes",
+        "events: file must be a well-formed table, got long.csv: a first line of more than 65536 bytes",
     ),
     "separator.csv": (
         "user,item\n",
         {"separator": "--"},
-        "prepare: separator must be one ASCII character or '::', got '--'",
+        "events: separator must be one ASCII character or '::', got '--'",
     ),
     "threshold.csv": (
         "user,item\n",
         {"min_rating": float("nan")},
-        "prepare: min_rating must be a finite number, got nan",
+        "events: min_rating must be a finite number, got nan",
     ),
 }
 
@@ -289,17 +319,17 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path, name):
     [b"PAR1 and no more PAR1", b"PAR1", gzip.compress(b"user,item\nu,a\n" * 99)[:-9], b"\x1f\x8b\x08nothing"],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path, content):
-    with pytest.raises(ValueError, match=r"^prepare: events must be .*damaged\.bin"):
+    with pytest.raises(ValueError, match=r"^events: file must be .*damaged\.bin"):
         read_events(write(tmp_path, "damaged.bin", content))
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         read_events(tmp_path)
-    assert str(error.value) == f"prepare: events must be a file, got a folder at {tmp_path}"
+    assert str(error.value) == f"events: path must be a file, got a folder at {tmp_path}"
     with pytest.raises(ValueError) as error:
         read_events(tmp_path / "none")
-    assert str(error.value) == f"prepare: events must be a file, got nothing at {tmp_path}/none"
+    assert str(error.value) == f"events: path must be a file, got nothing at {tmp_path}/none"
 
 
 def test_without_polars_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -317,7 +347,7 @@ def test_any_bytes_are_read_or_refused(tmp_path, content, name):
             try:
                 events = read_events(path, **arguments)
             except ValueError as error:
-                assert str(error).startswith("prepare: ") and "\n" not in str(error)
+                assert str(error).startswith("events: ") and "\n" not in str(error)
             else:
                 assert events.info["n_events"] == events.x.nnz + sum(
                     events.info["dropped"].values()
@@ -453,7 +483,7 @@ def test_nobody_needs_to_be_held_out():
     assert_accounted(dataset)
 
 
-FEW = "n_heldout (--heldout), or add data"
+FEW = "n_heldout, or add data"
 BAD_SETTINGS = {
     "too_many": (
         {"n_heldout": 5},
@@ -467,8 +497,8 @@ BAD_SETTINGS = {
     ),
     "none_left": (
         {"n_heldout": 1, "min_user_clicks": 9},
-        "prepare: events must leave a user with at least 9 clicks, got none after duplicates, missing values and "
-        "ratings below the threshold were dropped; lower the thresholds or add data",
+        "prepare: events must leave a user with at least 9 clicks, got none of 60 events (dropped 60 with a user with "
+        "fewer than min_user_clicks); lower the thresholds or add data",
     ),
     "fraction": (
         {"n_heldout": 0.5},

@@ -365,6 +365,43 @@ def test_scores_that_are_not_finite(bad):
     )
 
 
+@pytest.mark.parametrize("metric", [ndcg_at_k, recall_at_k])
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_the_metrics_rank_no_score_that_is_not_finite(metric, bad):
+    scores = torch.tensor([[0.0, bad, 1.0], [0.0, -INF, 1.0]])
+    with pytest.raises(ValueError) as raised:
+        metric(scores, Clicks([0, 1, 2], [0, 0], n_items=3), 1)
+    assert str(raised.value) == (
+        f"{metric.__name__}: scores must be finite, or -inf for items to leave out, got nan or inf for 1 of 2 users"
+    )
+
+
+def test_held_out_clicks_that_the_model_has_seen_are_warned_about():
+    model, fold_in, held_out = random_case()
+    both = held_out.copy()
+    both[9, 9] = both[12, 12] = True  # seen; the other clicks are not
+    with pytest.warns(UserWarning) as caught:
+        evaluate(model, fold_in, both)
+    n = (both & fold_in.any(1)[:, None]).sum()
+    assert str(caught[0].message) == (
+        f"evaluate: held_out must hold no clicks of fold_in, got 2 of {n:,} that it holds; they count as missed, "
+        "for the items of fold_in are not ranked"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, fold_in, held_out)
+
+
+def test_a_model_that_is_none_is_named():
+    three = one_user(0, n_items=3)
+    for model, got in ((3, "int"), (nn.Linear(3, 3), "Linear")):
+        with pytest.raises(TypeError) as raised:
+            evaluate(model, three, three)
+        assert str(raised.value) == (
+            f"evaluate: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
+        )
+
+
 def test_arguments_of_the_metrics():
     scores, held_out = torch.zeros(1, 3), one_user(0, n_items=3)
     with pytest.raises(ValueError) as raised:

@@ -92,7 +92,7 @@ def test_any_click_log_is_read_or_refused(tmp_path, kind):
         try:
             log = read_events(path, header=header, min_rating=min_rating)
         except ValueError as error:
-            assert_one_sentence(error, "prepare: ")
+            assert_one_sentence(error, "events: ")
         else:
             assert log.info["n_events"] == log.x.nnz + sum(log.info["dropped"].values())
             assert log.x.shape == (len(log.users), len(log.items))
@@ -100,7 +100,7 @@ def test_any_click_log_is_read_or_refused(tmp_path, kind):
         try:
             read_titles(path)
         except ValueError as error:
-            assert_one_sentence(error, "prepare: ")
+            assert_one_sentence(error, "events: ")
 
     pytest.importorskip("polars")
     fuzz(target)

@@ -19,7 +19,7 @@ EXCEPTIONS = {
     "evaluate: no evaluable users among {len(n_fold_in)}: each has an empty row in fold_in or in held_out; "
     "hold out more clicks per user or more users",
     # something is missing on the machine, not wrong in the call: say what to install
-    "prepare: reading events needs polars, which is missing; run pip install 'fastvae-cf[cli]'",
+    "events: reading a click log needs polars, which is missing; run pip install 'fastvae-cf[cli]'",
     "write_recommendations: Parquet needs polars; run pip install 'fastvae-cf[cli]'",
     "fit: progress must be False without rich; pip install 'fastvae-cf[cli]'",
     "{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU",

@@ -274,6 +274,10 @@ def test_bf16_autocast_is_close_and_finite():
     [
         (([9],), "MultiVAE: p_dims must be at least two widths above 0, got [9]"),
         (([4, 0, 9],), "MultiVAE: p_dims must be at least two widths above 0, got [4, 0, 9]"),
+        (("816",), "MultiVAE: p_dims must be a list of whole widths, got '816'"),
+        ((9,), "MultiVAE: p_dims must be a list of whole widths, got 9"),
+        (([4, 6.5, 9],), "MultiVAE: p_dims must be a list of whole widths, got [4, 6.5, 9]"),
+        (([4, 9], None, None, "94"), "MultiVAE: q_dims must be a list of whole widths, got '94'"),
         (([4, 6, 9], [0.5]), "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]"),
         (([4, 6, 9], [0.5, 2]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got [0.5, 2.0]"),
         (([4, 6, 9], None, [0.0]), "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]"),
@@ -282,7 +286,7 @@ def test_bf16_autocast_is_close_and_finite():
     ],
 )  # fmt: skip
 def test_bad_widths_and_dropouts_are_named(arguments, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         MultiVAE(*arguments)
     assert str(caught.value) == message
 
@@ -296,10 +300,21 @@ def test_bad_input_is_named():
         (lambda: model.loss(torch.ones(2, 9)), TypeError, "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         (lambda: model.loss(clicks), ValueError, "loss: clicks must have the model's 9 items, got 8"),
         (lambda: model.loss(clicks, normalize="user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
+        (lambda: model.loss(clicks, torch.ones(3)), ValueError, "loss: beta must be a scalar, got shape [3]"),
+        (lambda: model.loss(clicks, "a"), TypeError, "loss: beta must be a float or a scalar tensor, got str"),
+        (lambda: vae_loss_fn(clicks, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), None), TypeError, "vae_loss_fn: anneal must be a float or a scalar tensor, got NoneType"),
+        (lambda: model(torch.ones(1, 9, dtype=torch.complex64)), TypeError, "MultiVAE: x must be real, got complex64"),
     ]:  # fmt: skip
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_a_dense_x_of_another_dtype_is_taken_as_the_models(dtype):
+    model = MultiDAE([4, 9])
+    x = random_clicks([2, 3], 9).to_dense()
+    assert torch.equal(model.eval()(x.to(dtype)), model(x))
 
 
 def test_a_batch_without_users():
@@ -307,3 +322,5 @@ def test_a_batch_without_users():
     loss = model.loss(random_clicks([], 9), 0.1)
     loss.backward()
     assert loss.item() == 0.0
+    for x in (random_clicks([], 9), torch.zeros(0, 9)):
+        assert vae_loss_fn(x, *model(x), 0.1).item() == 0.0

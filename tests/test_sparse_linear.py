@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_as_accurate_as_torch, many_users, random_clicks
@@ -195,7 +196,9 @@ def test_second_backward_and_autocast():
         ({"bias": torch.ones(6).double()}, TypeError, "sparse_linear: bias must be float32, got float64"),
         ({"dropout": 1.5}, ValueError, "sparse_linear: dropout must lie in [0, 1], got 1.5"),
         ({"dropout": 0.5}, ValueError, "sparse_linear: seed must be given where dropout > 0, got None"),
-        ({"dropout": 0.5, "seed": torch.ones(2)}, ValueError, "sparse_linear: seed must be int64 [1], got float32 [2]"),
+        ({"dropout": 0.5, "seed": torch.ones(2)}, ValueError, "sparse_linear: seed must be an int64 tensor [1], got float32 [2]"),
+        ({"dropout": 0.5, "seed": 3}, ValueError, "sparse_linear: seed must be an int64 tensor [1], got 3"),
+        ({"weight": np.ones((6, 9), np.float32)}, TypeError, "sparse_linear: weight must be a tensor, got ndarray"),
         ({"bias": torch.ones(6, device="meta")}, RuntimeError, "sparse_linear: bias must be on cpu like clicks, got meta"),
     ],
 )  # fmt: skip

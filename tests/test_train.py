@@ -421,7 +421,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"validation": (random_clicks([2], N_ITEMS), random_clicks([0], N_ITEMS))}, ValueError, "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"),
         ({"epochs": -1}, ValueError, "fit: epochs must be at least 0, got -1"),
         ({"batch_size": 0}, ValueError, "fit: batch_size must be at least 1, got 0"),
-        ({"lr": 0}, ValueError, "fit: lr must be above 0, got 0.0"),
+        ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0.0"),
+        ({"lr": float("nan")}, ValueError, "fit: lr must be a finite number above 0, got nan"),
+        ({"anneal_cap": float("inf")}, ValueError, "fit: anneal_cap must be a finite number of at least 0, got inf"),
+        ({"patience": 3}, ValueError, "fit: patience must be None without validation, got 3"),
+        ({"cuda_graph": True}, ValueError, "fit: cuda_graph must be False where the model is not on a GPU, got True"),
+        ({"model": torch.nn.Linear(N_ITEMS, 2)}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got Linear; pass the model itself where that wraps one"),
+        ({"model": torch.compile(model())}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got OptimizedModule; pass the model itself where that wraps one"),
+        ({"validation": torch.ones(2, N_ITEMS)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got Tensor"),
+        ({"validation": (random_clicks([2], N_ITEMS),)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got tuple"),
+        ({"validation": (torch.ones(1, N_ITEMS), torch.ones(1, N_ITEMS))}, TypeError, "fit: fold_in must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         ({"patience": 0}, ValueError, "fit: patience must be at least 1, got 0"),
         ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got fp16"),
         ({"normalize": "user"}, ValueError, "fit: normalize must be one of none, clicks, got user"),
@@ -437,12 +446,96 @@ def test_bad_settings_are_named(change, error, message):
 
 def test_resume_with_other_settings_or_nothing_to_resume_is_refused(tmp_path):
     train, _ = learnable()
-    with pytest.raises(ValueError, match="run_dir must hold a run to resume"):
+    with pytest.raises(ValueError, match="run_dir must hold a run to resume, got nothing at"):
         fit(model(), train, epochs=1, run_dir=tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
     fit(model(), train, epochs=1, run_dir=tmp_path / "run", lr=1e-3)
     with pytest.raises(ValueError) as caught:
         fit(model(), train, epochs=2, run_dir=tmp_path / "run", lr=1e-2, resume=True)
     assert str(caught.value) == "fit: lr must be 0.001 as in the run to resume, got 0.01"
+
+
+@pytest.mark.parametrize("name", ["config.json", "last.pt"])
+def test_a_run_folder_that_lost_a_file_is_not_resumed(tmp_path, name):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    fit(model(), train, epochs=1, run_dir=run)
+    (run / name).unlink()
+    with pytest.raises(ValueError) as caught:
+        fit(model(), train, epochs=2, run_dir=run, resume=True)
+    assert str(caught.value) == (
+        f"fit: run_dir must hold a run to resume, got {run} without {name}; train without resume, in a new folder"
+    )
+
+
+class MyVAE(MultiVAE):
+    pass
+
+
+def test_a_subclass_trains_but_not_into_checkpoints_that_nothing_could_load(tmp_path):
+    train, validation = learnable()
+    torch.manual_seed(0)
+    net = MyVAE([4, N_ITEMS])
+    assert fit(net, train, validation, epochs=1).best_epoch == 1
+    with pytest.raises(TypeError) as caught:
+        fit(net, train, validation, epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value) == (
+        "fit: model must be a MultiVAE or MultiDAE itself where run_dir is given, got MyVAE; "
+        "load_model could not make it again"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+def test_a_second_training_in_the_same_folder_is_refused_and_harms_nothing(
+    tmp_path, monkeypatch, resume
+):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    terms, refused = MultiVAE.loss_terms, []
+
+    def meanwhile(self, *arguments):
+        if not refused:
+            refused.append(None)
+            with pytest.raises(ValueError) as caught:
+                fit(model(), train, epochs=1, run_dir=run, resume=resume)
+            refused[0] = str(caught.value)
+        return terms(self, *arguments)
+
+    if resume:
+        fit(model(), train, epochs=1, run_dir=run)
+    monkeypatch.setattr(MultiVAE, "loss_terms", meanwhile)
+    result = fit(model(), train, epochs=2, run_dir=run, resume=resume)
+    assert refused == [
+        f"fit: run_dir must be a folder that no other training writes to, got {run}; wait for that one to end, "
+        "or name another folder"
+    ]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2] and len(result.history) == 2
+    # and the folder is free again
+    assert len(fit(model(), train, epochs=3, run_dir=run, resume=True).history) == 3
+
+
+def test_scores_that_overflow_after_the_first_epoch_are_blamed_on_the_learning_rate(tmp_path):
+    train, validation = learnable()
+    options = {"epochs": 2, "batch_size": len(train), "run_dir": tmp_path / "run"}
+    with pytest.raises(RuntimeError) as caught:
+        fit(MultiVAE([8, 1000, N_ITEMS]), train, validation, lr=3e37, **options)
+    assert str(caught.value) == "fit: scores must be finite, got nan or inf after epoch 1; lower lr"
+
+
+def test_a_resumed_run_with_nothing_left_says_so(tmp_path, capsys):
+    train, validation = learnable()
+    options = {"run_dir": tmp_path / "run", "progress": True}
+    fit(model(), train, validation, epochs=3, **options)
+    assert "nothing left" not in capsys.readouterr().err
+    fit(model(), train, validation, epochs=2, resume=True, **options)
+    assert "nothing left to train: the run has 3 epochs, asked for are 2" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["best"] = [1, 0.5]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    fit(model(), train, validation, epochs=9, patience=2, resume=True, **options)
+    assert "nothing left to train: no better NDCG@100 since epoch 1 of 3" in capsys.readouterr().err
 
 
 def test_all_defaults_on_twenty_users():

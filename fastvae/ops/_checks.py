@@ -23,7 +23,9 @@ def check_clicks(op: str, clicks: object) -> None:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """ValueError unless tensor has this shape (None: any size), TypeError unless it is floating."""
+    """ValueError unless tensor has this shape (None: any size), TypeError unless it is a floating tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(
         want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )

@@ -93,9 +93,10 @@ def _check(clicks, weight, bias, dropout, seed) -> None:
     if dropout > 0:
         if seed is None:
             raise ValueError(f"{op}: seed must be given where dropout > 0, got None")
-        if seed.shape != (1,) or seed.dtype != torch.int64:
-            got = f"{dtype_name(seed.dtype)} {list(seed.shape)}"
-            raise ValueError(f"{op}: seed must be int64 [1], got {got}")
+        if not isinstance(seed, Tensor) or seed.shape != (1,) or seed.dtype != torch.int64:
+            is_tensor = isinstance(seed, Tensor)
+            got = f"{dtype_name(seed.dtype)} {list(seed.shape)}" if is_tensor else repr(seed)
+            raise ValueError(f"{op}: seed must be an int64 tensor [1], got {got}")
     check_kernel_dtypes(op, weight=weight)
     check_devices(op, clicks, weight=weight, bias=bias, seed=seed)
 
