@@ -8,6 +8,7 @@ COMMANDS = {
     "gpu": "on a GPU: its tests, step times at every shape and the tile search, within eight minutes",
     "tune": "search the launch configurations on a GPU and print the table",
     "report": "write the tables of README.md from bench/results",
+    "profile": "where a CPU training step spends its time, by operator",
     "memory": "peak memory of training steps by number of items",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",

@@ -1,0 +1,110 @@
+"""Where a CPU training step's time goes: torch's profiler on fastvae's fp32 and bf16 step, by operator and shape.
+
+python -m bench profile [--shape ml20m] [--steps 10]     writes bench/results/profile_cpu_<shape>.json
+
+Times are those of the calling thread, children not counted, with the profiler on: a few per cent more than the steps of
+bench ratio. The products of the last layer are the floor: no faster call of torch's for them is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.machine import describe
+from bench.ratio import N_BATCHES, RESULTS
+from bench.steps import FLOORS, PROVIDERS, SHAPES, Shape, new_model
+
+WIDTHS = {1, 200, 400, 600}  # of the small layers
+N_SHOWN = 16  # operators by name
+PRODUCTS = ("mm", "addmm", "addmm_", "mv")
+PHILOX = ("__rshift__", "bitwise_xor_", "bitwise_and_", "mul")  # on one number for each click
+
+
+def main(arguments: list[str]) -> None:
+    """Profile both steps, print their parts, write the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="ml20m")
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args(arguments)
+    shape = SHAPES[options.shape]
+    result = {
+        "machine": describe(),
+        "shape": options.shape,
+        "steps": options.steps,
+        "providers": {},
+    }
+    for name, floor in (("fastvae", "products"), ("fastvae-bf16", "products-bf16")):
+        row = measure(name, floor, shape, options.steps)
+        result["providers"][name] = row
+        print(f"{name}: {row['ms']} ms a step, its products alone {row['products_alone_ms']} ms")
+        for part, ms in row["parts"].items():
+            print(f"  {ms:8.2f} ms  {part}")
+    path = RESULTS / f"profile_cpu_{options.shape}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(name: str, floor_name: str, shape: Shape, n_steps: int) -> dict[str, Any]:
+    """Milliseconds of a step without the profiler, of its parts and operators with it, and of the bare products."""
+    provider = PROVIDERS[name](new_model(shape.n_items))
+    clicks = shape.clicks(N_BATCHES)
+    batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
+    floor = FLOORS[floor_name](new_model(shape.n_items))
+    buffers = floor.to_batch(batches[0])
+    times: dict[str, list[float]] = {"step": [], "products": []}
+    for n in range(-3, n_steps):
+        for kind, call in (
+            ("step", lambda n=n: provider.step(batches[n % N_BATCHES])),
+            ("products", lambda: floor.step(buffers)),
+        ):
+            started = time.perf_counter()
+            call()
+            if n >= 0:  # those before warm up
+                times[kind].append(1e3 * (time.perf_counter() - started))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for n in range(n_steps):
+            provider.step(batches[n % N_BATCHES])
+    events = profiler.key_averages(group_by_input_shape=True)
+    parts: dict[str, float] = {}
+    operators = []
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total):
+        name, shapes = event.key.removeprefix("aten::"), [s for s in event.input_shapes if s]
+        ms = event.self_cpu_time_total / 1e3 / n_steps
+        part = _part(name, shapes, shape)
+        parts[part] = parts.get(part, 0.0) + ms
+        calls = round(event.count / n_steps, 1)
+        operators.append(
+            {"operator": name, "shapes": str(shapes), "calls": calls, "ms": round(ms, 2)}
+        )
+    return {
+        "ms": round(float(np.median(times["step"])), 1),
+        "products_alone_ms": round(float(np.median(times["products"])), 1),
+        "profiled_ms": round(sum(parts.values()), 1),
+        "parts": {part: round(ms, 2) for part, ms in sorted(parts.items(), key=lambda p: -p[1])},
+        "operators": operators[:N_SHOWN],
+    }
+
+
+def _part(name: str, shapes: list, shape: Shape) -> str:
+    """The part of the step that an operator on these shapes belongs to."""
+    sizes = {size for sizes in shapes for size in sizes}
+    if name in PRODUCTS:
+        small = sizes <= WIDTHS | {shape.batch_size}
+        return "small layers" if small else "products of the last layer"
+    if name == "_fused_adam_":
+        return "fused Adam"
+    if "embedding_bag" in name:
+        return "gather-sums of the first layer"
+    if shape.n_items in sizes and [shape.n_items] != shapes[0] and shapes[0][-1] == shape.n_items:
+        return "softmax and other passes over D"
+    if name in PHILOX and len(shapes[0]) == 1 and shapes[0][0] > shape.batch_size:
+        return "the dropout mask, twice"
+    if name == "copy_":
+        return "copies: weights to bf16, gradients to fp32"
+    return "the rest"
