@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.machine import describe
-from bench.ratio import N_BATCHES, RESULTS
+from bench.ratio import N_BATCHES, RESULTS, take_turns
 from bench.steps import FLOORS, PROVIDERS, SHAPES, Shape, new_model
 
 WIDTHS = {1, 200, 400, 600}  # of the small layers
@@ -56,32 +55,13 @@ def measure(name: str, floor_name: str, shape: Shape, n_steps: int) -> dict[str,
     clicks = shape.clicks(N_BATCHES)
     batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
     floor = FLOORS[floor_name](new_model(shape.n_items))
-    buffers = floor.to_batch(batches[0])
-    times: dict[str, list[float]] = {"step": [], "products": []}
-    for n in range(-3, n_steps):
-        for kind, call in (
-            ("step", lambda n=n: provider.step(batches[n % N_BATCHES])),
-            ("products", lambda: floor.step(buffers)),
-        ):
-            started = time.perf_counter()
-            call()
-            if n >= 0:  # those before warm up
-                times[kind].append(1e3 * (time.perf_counter() - started))
+    provider.step(batches[0])  # as bench ratio: buffers, moments
+    cases = {"step": (provider, batches), "products": (floor, [floor.to_batch(batches[0])])}
+    times = take_turns(cases, n_steps, "cpu")
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for n in range(n_steps):
             provider.step(batches[n % N_BATCHES])
-    events = profiler.key_averages(group_by_input_shape=True)
-    parts: dict[str, float] = {}
-    operators = []
-    for event in sorted(events, key=lambda event: -event.self_cpu_time_total):
-        name, shapes = event.key.removeprefix("aten::"), [s for s in event.input_shapes if s]
-        ms = event.self_cpu_time_total / 1e3 / n_steps
-        part = _part(name, shapes, shape)
-        parts[part] = parts.get(part, 0.0) + ms
-        calls = round(event.count / n_steps, 1)
-        operators.append(
-            {"operator": name, "shapes": str(shapes), "calls": calls, "ms": round(ms, 2)}
-        )
+    parts, operators = _by_part(profiler.key_averages(group_by_input_shape=True), shape, n_steps)
     return {
         "ms": round(float(np.median(times["step"])), 1),
         "products_alone_ms": round(float(np.median(times["products"])), 1),
@@ -89,6 +69,25 @@ def measure(name: str, floor_name: str, shape: Shape, n_steps: int) -> dict[str,
         "parts": {part: round(ms, 2) for part, ms in sorted(parts.items(), key=lambda p: -p[1])},
         "operators": operators[:N_SHOWN],
     }
+
+
+def _by_part(events: Any, shape: Shape, n_steps: int) -> tuple[dict[str, float], list[dict]]:
+    """Milliseconds a step of each part; and of each operator by its shapes, the longest first."""
+    parts: dict[str, float] = {}
+    operators = []
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total):
+        name, shapes = event.key.removeprefix("aten::"), [s for s in event.input_shapes if s]
+        ms, calls = event.self_cpu_time_total / 1e3 / n_steps, event.count / n_steps
+        part = _part(name, shapes, shape)
+        parts[part] = parts.get(part, 0.0) + ms
+        row = {
+            "operator": name,
+            "shapes": str(shapes),
+            "calls": round(calls, 1),
+            "ms": round(ms, 2),
+        }
+        operators.append(row)
+    return parts, operators
 
 
 def _part(name: str, shapes: list, shape: Shape) -> str:

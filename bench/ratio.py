@@ -45,7 +45,7 @@ def measure(shape_name: str, names: list[str], rounds: int, device: str) -> dict
     for name, make in FLOORS.items():
         floor = make(new_model(shape.n_items).to(device))
         cases[name], rows[name] = (floor, [floor.to_batch(batches[0])]), {}
-    times = _take_turns(cases, rounds, device)
+    times = take_turns(cases, rounds, device)
     for name, row in rows.items():
         low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8)).tolist()
         row |= {"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)}
@@ -79,7 +79,7 @@ def _prepare(name: str, shape: Shape, batches: list[Clicks], device: str) -> tup
     return (provider, inputs), row
 
 
-def _take_turns(cases: dict[str, tuple], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(cases: dict[str, tuple], rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each step: one of every case, and again, the inputs rotating."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(-1, rounds):

@@ -485,9 +485,8 @@ def _check_model(model, run_dir) -> None:
 
 
 def _check_data(model, train, validation, items) -> None:
-    if validation is not None and not (
-        isinstance(validation, tuple | list) and len(validation) == 2
-    ):
+    pair = isinstance(validation, tuple | list) and len(validation) == 2
+    if validation is not None and not pair:
         got = type(validation).__name__
         raise TypeError(f"fit: validation must be two Clicks (fold_in, held_out), got {got}")
     named = (("train", train), *zip(("fold_in", "held_out"), validation or (), strict=False))
@@ -501,10 +500,8 @@ def _check_data(model, train, validation, items) -> None:
             )
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
-    if validation is not None and validation[0].n_users != validation[1].n_users:
-        raise ValueError(
-            f"fit: held_out must have the {validation[0].n_users} users of fold_in, got {validation[1].n_users}"
-        )
+    if validation is not None:
+        _check_validation(*validation)
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(
@@ -514,12 +511,17 @@ def _check_data(model, train, validation, items) -> None:
         raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
     if items is not None and len({str(item) for item in items}) < len(items):
         raise ValueError("fit: items must be distinct, got one twice")
-    if validation is not None:
-        both = (validation[0].row_lengths() > 0) & (validation[1].row_lengths() > 0)
-        if not both.any():
-            raise ValueError(
-                "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
-            )
+
+
+def _check_validation(fold_in: Clicks, held_out: Clicks) -> None:
+    if fold_in.n_users != held_out.n_users:
+        raise ValueError(
+            f"fit: held_out must have the {fold_in.n_users} users of fold_in, got {held_out.n_users}"
+        )
+    if not ((fold_in.row_lengths() > 0) & (held_out.row_lengths() > 0)).any():
+        raise ValueError(
+            "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
+        )
 
 
 def _check_settings(settings: _Settings, device: torch.device, epochs, patience) -> None:
