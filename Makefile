@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test bench lint
 
 demo: $(READY)
-	$(BIN)/fastvae demo $(DATA)
+	$(BIN)/fastvae demo $(if $(DATA),"$(DATA)")
 
 test: $(READY)
 	$(BIN)/python -m pytest

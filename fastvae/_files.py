@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; it takes path's place if the block ends well, and goes if it does not."""
+    """Yield a temporary path to write; it takes path's place if the block ends well, and goes if it does not.
+
+    Where path is a link, the file that it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
@@ -38,10 +42,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote into a folder."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files of processes that were killed while they wrote files of these names into a folder."""
+    for name in names:
+        for leftover in folder.glob(f".{name}.*.tmp"):
+            if leftover.name.split(".")[-2].isdigit():
+                leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

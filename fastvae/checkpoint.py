@@ -112,6 +112,8 @@ def load_model(
                 raise ValueError("another number of layers")
             with torch.device("meta"):  # no memory before the shapes have been compared
                 model = _MODELS[meta["model"]](**meta["config"])
+        if not all(value.is_floating_point() for value in weights.values()):
+            raise ValueError("weights that are no floating point numbers")
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         if shapes != (got := {key: value.shape for key, value in weights.items()}):
             other = next(key for key in [*shapes, *got] if shapes.get(key) != got.get(key))
@@ -153,6 +155,8 @@ def _check_archive(path: Path) -> None:
                 or member.file_size != member.compress_size
             ):
                 raise ValueError(f"a compressed member, {member.filename!r}")
+        if damaged := archive.testzip():  # torch compares no checksums
+            raise ValueError(f"another checksum in {damaged!r}")
 
 
 def _check_size(parts: Any, n_bytes: int) -> None:

@@ -218,6 +218,11 @@ def recommend(
         )
     net, vocabulary = _load(run, tanh_after_dropout)
     if histories.is_dir():
+        given = {"--user": user, "--item": item, "--rating": rating, "--min-rating": min_rating, "--separator": separator, "--header": header}  # fmt: skip
+        if named := [option for option, value in given.items() if value is not None]:
+            raise ValueError(
+                f"recommend: histories must be a click log where {named[0]} is given, got a dataset folder"
+            )
         x, user_ids, item_ids = _dataset_histories(histories, users or "all")
     elif users is not None:
         raise ValueError(
@@ -238,11 +243,11 @@ def recommend(
         _check_catalogue(run, net.n_items, None, item_ids)
         vocabulary = list(item_ids)
     x = _in_vocabulary(x, item_ids, vocabulary)
+    k = min(k, len(vocabulary))
     blocks = recommend_blocks(net.to(_device(device)), x, k, items=vocabulary, keep_seen=keep_seen)
     n_empty: list[int] = []
     n = write_recommendations(output, user_ids, _counting_empty(blocks, n_empty), vocabulary)
-    most = min(k, len(vocabulary))
-    out.print(f"wrote the top {most} of {n:,} users to {output}", highlight=False, soft_wrap=True)
+    out.print(f"wrote the top {k} of {n:,} users to {output}", highlight=False, soft_wrap=True)
     if sum(n_empty):
         err.print(
             f"{sum(n_empty):,} users have no recommendation: their history holds every item of the model",
@@ -268,6 +273,8 @@ def demo(
 
 def main() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without the sign ±
     try:
         app(prog_name="fastvae")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
@@ -354,7 +361,10 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"device must be cpu or cuda, got {name}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where torch finds no GPU, got {name}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu or cuda, got {name}") from None
 
 
 def _load(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
@@ -403,7 +413,7 @@ def _saying_where_it_stopped(train_it: Any, *arguments: Any, **settings: Any) ->
     try:
         return train_it(*arguments, **settings)
     except KeyboardInterrupt as interrupt:
-        message = f"fastvae: {interrupt or 'stopped'}"
+        message = f"fastvae: {str(interrupt) or 'stopped'}"
         err.print(message, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 _ACCEPTED = "a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks"
+_SPARSE_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+)  # fmt: skip
 VALUE_RANGE = 1e-12, 1e12  # the squares of a row and their sum stay within fp32
 
 
@@ -85,9 +89,13 @@ class Clicks:
             return x
         if isinstance(x, Tensor):
             return cls._from_torch(x)
-        if not sp.issparse(x) and not (isinstance(x, np.ndarray) and x.ndim == 2):
-            got = f"{x.ndim}-D numpy array" if isinstance(x, np.ndarray) else type(x).__name__
+        is_array = isinstance(x, np.ndarray) and not np.ma.isMaskedArray(x)
+        if not (sp.issparse(x) or is_array) or x.ndim != 2:
+            got = type(x).__name__ + (f" of {x.ndim} dimensions" if hasattr(x, "ndim") else "")
             raise TypeError(f"Clicks: x must be {_ACCEPTED}, got {got}")
+        if is_array:
+            _value_array(x[:0])  # refuses what are no numbers
+            x = x.astype(np.float32) if x.dtype == np.float16 else x  # which scipy does not have
         coo: Any = sp.coo_array(x)  # type: ignore[arg-type]
         return cls._from_coo(coo.row, coo.col, coo.data, coo.shape)
 
@@ -96,12 +104,18 @@ class Clicks:
         if x.ndim != 2:
             raise ValueError(f"Clicks: x must have 2 dimensions, got {x.ndim}")
         host = x.detach().cpu()
+        if host.dtype not in _SPARSE_DTYPES:
+            host = host.double()  # torch finds no non-zeros of its newer dtypes
         if host.layout in (torch.sparse_csr, torch.sparse_csc):
             host = host.to_sparse_coo()
         elif host.layout != torch.sparse_coo:
             host = host.to_sparse()
-        rows, cols = host._indices().numpy()
         values = host._values()
+        if values.ndim != 1:
+            raise ValueError(
+                f"Clicks: x must hold numbers, got vectors of shape {list(values.shape[1:])}"
+            )
+        rows, cols = host._indices().numpy()
         values = values.double() if values.is_floating_point() else values
         return cls._from_coo(rows, cols, values.numpy(), host.shape).to(x.device)
 
@@ -201,7 +215,13 @@ class Clicks:
     # moving and choosing
 
     def to(self, device: Any) -> Clicks:
-        """The same clicks on another device."""
+        """The same clicks on another device. Raises: TypeError where device is none."""
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError):
+            raise TypeError(
+                f"Clicks: device must be a torch device such as 'cuda', got {device!r}"
+            ) from None
         values = None if self.values is None else self.values.to(device)
         row_ids = None if self.row_ids is None else self.row_ids.to(device)
         return self._like(
@@ -211,7 +231,7 @@ class Clicks:
     def rows(self, ids: Any) -> Clicks:
         """Rows ids (any order, repeats allowed) as a view that shares the arrays; nothing is copied.
 
-        ids  [n] integers in [0, n_users). Their range is checked on the CPU; on a GPU that would make the host wait.
+        ids  [n] integers in [0, n_users); a row that comes twice has the same dropout mask twice. Their range is checked on the CPU; on a GPU that would make the host wait.
         Raises: ValueError for ids out of range, TypeError for ids that are not integers.
         """
         try:
@@ -364,9 +384,13 @@ def _check_csr(
             )
         _check_entries(indptr, "values", values, ~np.isfinite(values), "be finite")
         _check_entries(indptr, "values", values, values < 0, "not be negative")
-        low, high = VALUE_RANGE
-        outside = (values > 0) & (values < low) | (values > high)
-        _check_entries(indptr, "values", values, outside, f"be 0 or lie in [{low:g}, {high:g}]")
+        _check_range(indptr, values)
+
+
+def _check_range(indptr: np.ndarray, values: np.ndarray) -> None:
+    low, high = VALUE_RANGE
+    outside = (values > 0) & (values < low) | (values > high)
+    _check_entries(indptr, "values", values, outside, f"be 0 or lie in [{low:g}, {high:g}]")
 
 
 def _check_entries(indptr, name: str, array, wrong, expected: str) -> None:
@@ -390,6 +414,7 @@ def _canonical(indptr, indices, values, n_items):
         csr = sp.csr_array((data, indices, indptr), shape=(len(indptr) - 1, n_items))
         csr.sum_duplicates()
         indptr, indices, values = csr.indptr, csr.indices, csr.data
+        _check_range(indptr, values)
     if values is not None and (values == 1).all():
         values = None
     return indptr, indices, values

@@ -251,7 +251,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"prepare: {name} must be an integer of at least 0, got {value!r}")
         settings[name] = int(value)
     fraction = settings["held_out_fraction"]
-    if not 0 < fraction < 1:
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise ValueError(f"prepare: held_out_fraction must lie in (0, 1), got {fraction!r}")
     n: Any = settings["n_heldout"]
     is_count = isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0
@@ -411,8 +411,9 @@ def check_writable(folder: str | os.PathLike) -> Path:
     Raises: ValueError for anything else, so that a save never deletes what it did not write.
     """
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"dataset: folder must be a folder, got a file at {folder}")
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"dataset: folder must be a folder, got a file at {existing}")
     names = set(os.listdir(target)) if target.exists() else set()
     if names and (names - _FILES or not _is_ours(target / "info.json")):
         others = listed(sorted(names - _FILES or names))

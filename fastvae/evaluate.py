@@ -78,7 +78,8 @@ def _metric_at_k(kind: str, scores: Tensor, held_out: Any, k: int) -> Tensor:
         )
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"{name}: k must be an int of at least 1, got {k!r}")
-    best, items = top_k(scores.detach().float(), int(k))
+    k = min(int(k), max(held_out.n_items, 1))
+    best, items = top_k(scores.detach().float(), k)
     bad = int((~(best[:, :1] < torch.inf)).sum())  # a NaN ranks first, so it shows here
     if bad:
         raise ValueError(
@@ -86,7 +87,7 @@ def _metric_at_k(kind: str, scores: Tensor, held_out: Any, k: int) -> Tensor:
         )
     offsets = held_out.indptr.cpu().numpy()
     hits = _hits(items, *entries(held_out, offsets, 0, held_out.n_users), held_out.n_items)
-    to_values = _Values([(kind, int(k))], held_out.n_items, scores.device)
+    to_values = _Values([(kind, k)], held_out.n_items, scores.device)
     return to_values(hits, held_out.row_lengths())[0]
 
 
@@ -188,6 +189,8 @@ def evaluate(
     Source: Liang et al. 2018, section 4.2 and 4.3.
     """
     fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
+    if not isinstance(metrics, Iterable):
+        raise TypeError(f"evaluate: metrics must be names such as 'ndcg@100', got {metrics!r}")
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     wanted = [_parse(name) for name in names]
     _check(model, fold_in, held_out, names, block_size)
@@ -264,8 +267,10 @@ def _check(model, fold_in, held_out, names, block_size) -> None:
         raise ValueError(
             f"evaluate: fold_in must have {model.n_items} items like the model, got {fold_in.n_items}"
         )
-    if block_size is not None and (not isinstance(block_size, int | np.integer) or block_size < 1):
-        raise ValueError(f"evaluate: block_size must be an int of at least 1, got {block_size!r}")
+    if block_size is not None and (
+        not isinstance(block_size, int | np.integer) or not 1 <= block_size < 2**31
+    ):
+        raise ValueError(f"evaluate: block_size must be an int in [1, 2**31), got {block_size!r}")
 
 
 def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:

@@ -49,6 +49,7 @@ _GUESSES = {
 }
 _SEPARATORS = ("\t", "::", ",", ";", "|")
 _TYPE_SUFFIX = re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
+_UNUSED = "\x1f"  # a separator that no text has: whole lines
 _MAX_LINE = 2**16  # bytes of a first line; longer is no table of events
 
 
@@ -84,7 +85,8 @@ def read_events(
     user, item, rating  column names; by default recognised (user_id, userId, uid, ...; item_id, movieId, ...).
         In a file without a header the columns are called 1, 2, 3, ... and the first three are user, item, rating.
     min_rating  keep ratings >= min_rating; a missing or unparsable rating then drops the event. Without it every
-        event is a click, save where a rating column is there and says 0: a stored zero in a matrix is no click.
+        event is a click, also one rated -1, save where a rating column is there and says 0: a stored zero in a
+        matrix is no click.
         info["source"]["kept_without_a_number"] counts those whose rating is a text such as "4,5".
     separator   default: the one that splits the first line most (tab, ``::``, comma, semicolon, bar), else space.
         In files separated by tab or ``::`` double quotes are ordinary characters.
@@ -128,7 +130,7 @@ def read_events(
 
 
 def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
-    """Lazy columns user, item, why: 0 to keep the event, else 1 + the place of its reason in DROPPED, and odd: kept
+    """Lazy columns user, item; why: 0 to keep the event, else 1 + the place of its reason in DROPPED; and odd: kept
     though its rating is not a number."""
 
     def missing(role: str) -> Any:
@@ -223,18 +225,27 @@ class _Table:
         frame = pl.scan_csv(
             self.path,
             has_header=False,
-            separator=self.separator[0],
+            separator=_UNUSED if self.separator == "::" else self.separator,
             quote_char='"' if self.quotes else None,
             infer_schema=False,
             glob=False,
         )
-        # "::" is read as ":" with an empty column between any two
-        names = frame.collect_schema().names()[:: len(self.separator)]
+        if self.separator == "::":
+            frame = self._split(pl, frame)
+        names = frame.collect_schema().names()
         if len(names) != len(self.names):
             raise OSError(f"a first line of {len(names)} fields with a quote that spans lines")
         return frame.slice(int(self.header)).select(
             **{role: names[k] for role, k in columns.items()}
         )
+
+    def _split(self, pl: Any, lines: Any) -> Any:
+        """Columns of whole lines; polars splits at single bytes only."""
+        line, n = pl.col(lines.collect_schema().names()[0]), len(self.names)
+        if lines.select((line.str.count_matches("::", literal=True) >= n).any()).collect().item():
+            raise OSError("more fields")
+        fields = line.str.split_exact("::", n - 1).struct
+        return lines.select(fields.field(f"field_{k}").alias(str(k)) for k in range(n))
 
     def collect(
         self, columns: dict[str, int], query: Callable[[Any], Any] = lambda texts: texts
@@ -242,13 +253,17 @@ class _Table:
         """The polars DataFrame of a query on these columns. Raises: ValueError for whatever polars does not like."""
         pl = _polars()
         try:
-            return query(self.scan(columns)).collect(engine="streaming")
+            # polars finds a line with too many fields only where it reads every column
+            flags = pl.QueryOptFlags(projection_pushdown=self.separator is None)
+            return query(self.scan(columns)).collect(engine="streaming", optimizations=flags)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise _unreadable(self.path, error) from error
 
 
 def _text(pl: Any, name: str, dtype: Any) -> Any:
     column = pl.col(name)
+    if dtype.is_nested():
+        raise OSError(f"{name!r} of lists or structures, which are no ids")
     if not dtype.is_float():
         return column.cast(pl.String)
     # integers with a missing value are floats in pandas: whole numbers lose their ".0"
@@ -298,15 +313,18 @@ def _survey(path: Path, gzipped: bool) -> tuple[str, int, int]:
         first = chunk = file.readline(_MAX_LINE)
         n_quotes, n_lines, end = 0, 0, b"\n"
         while chunk:
+            if b"\0" in chunk:
+                raise UnicodeError("a byte 0: UTF-16 without a mark, or no text")
             n_quotes += chunk.count(b'"')
             n_lines += chunk.count(b"\n")
             end = chunk[-1:]
             chunk = file.read(2**20)
-    if b"\r" in first.rstrip(b"\r\n"):
-        raise OSError("lines that end in CR alone; convert the line ends to LF")
     if len(first) == _MAX_LINE:
         raise OSError(f"a first line of more than {_MAX_LINE} bytes")
-    return first.decode("utf-8-sig").rstrip("\r\n"), n_quotes, n_lines + (end != b"\n")
+    line = first.decode("utf-8-sig").rstrip("\r\n")
+    if "\r" in line:
+        raise OSError("lines that end in CR alone; convert the line ends to LF")
+    return line, n_quotes, n_lines + (end != b"\n")
 
 
 def _separator(line: str, separator: str | None) -> str:
@@ -338,7 +356,11 @@ def _has_header(table: _Table, wanted: tuple[str | None, ...]) -> bool:
         return False
     raise ValueError(
         f"events: file must start with a line of column names, got {listed(table.names)} in {table.path.name}; "
-        "name its user and item columns, or say that it has no header"
+        + (
+            "name its user and item columns, or say that it has no header"
+            if len(table.names) > 1 and all(table.names)
+            else "remove what stands above them"
+        )
     )
 
 
@@ -433,4 +455,4 @@ def read_titles(
     """Item id -> title from a table that `read_events` could read, such as ml-100k.item; later rows win."""
     table = _open_table(path, None, None, (item, title))
     frame = table.collect({"item": table.find("item", item), "title": table.find("title", title)})
-    return {key: value for key, value in frame.drop_nulls().iter_rows()}
+    return dict(frame.drop_nulls().iter_rows())

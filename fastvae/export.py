@@ -61,6 +61,10 @@ def write_recommendations(
             f"write_recommendations: path must lie in an existing folder, got {str(path)!r}; "
             "create the folder first"
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"write_recommendations: path must be a file, got a folder or a device, {str(path)!r}"
+        )
     blocks = recommendations
     if isinstance(blocks, Recommendations):
         blocks = blocks._split(4096)  # text takes ten times the memory of the tensors

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
+from .ops._checks import sum_dtype
 from .reference import kld as kl_divergence
 
 NORMALIZE = ("none", "clicks")
@@ -32,6 +33,7 @@ class ItemMajorLinear(nn.Linear):
     """nn.Linear over the items whose weight [out, n_items] is stored item by item: .weight.t() is contiguous.
 
     One item's numbers then lie side by side for the gather of sparse_linear; shape, key and loading stay nn.Linear's.
+    What flattens weights by .view(-1), as parameters_to_vector and LBFGS of torch do, refuses it.
     """
 
     def __init__(self, n_items: int, out_features: int):
@@ -167,7 +169,7 @@ class _MultiModel(nn.Module):
         raise NotImplementedError
 
     def loss_terms(self, clicks: Clicks, normalize: str = "none") -> tuple[Tensor, Tensor]:
-        """nll and kld of each user, both [n_users] fp32 in nats; loss is mean(nll + beta * kld).
+        """nll and kld of each user, both [n_users] in nats, fp32 (fp64 in an fp64 model); loss is mean(nll + beta * kld).
 
         normalize="clicks" divides both by the user's clicks N_u (a user without clicks counts 0).
         """
@@ -237,9 +239,10 @@ class MultiVAE(_MultiModel):
         return mu + torch.exp(logvar / 2) * noise, mu, logvar
 
     def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
-        """z [n_users, n_latent] and kld [n_users] fp32."""
+        """z [n_users, n_latent] and kld [n_users] in fp32, or in fp64 where the model is."""
         z, mu, logvar = self._sample(x)
-        return z, kl_divergence(mu.float(), logvar.float())
+        total = sum_dtype(mu.dtype)
+        return z, kl_divergence(mu.to(total), logvar.to(total))
 
     def forward(
         self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
@@ -293,6 +296,17 @@ def vae_loss_fn(
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 7 with beta.
     """
     _check_beta("vae_loss_fn", "anneal", anneal)
+    for name, tensor in (("inp", inp), ("out", out), ("mu", mu), ("logvar", logvar)):
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.ndim == 2
+        if not dense and not (name == "inp" and isinstance(tensor, Clicks)):
+            raise TypeError(
+                f"vae_loss_fn: {name} must be a dense tensor of 2 dimensions"
+                f"{' or Clicks' if name == 'inp' else ''}, got {_described(tensor)}"
+            )
+    if not (len(mu) == len(out) and logvar.shape == mu.shape):
+        raise ValueError(
+            f"vae_loss_fn: mu and logvar must have one shape [{len(out)}, n_latent], got {list(mu.shape)} and {list(logvar.shape)}"
+        )
     if inp.shape != out.shape:
         raise ValueError(
             f"vae_loss_fn: inp must have shape {list(out.shape)} like out, got {list(inp.shape)}"
@@ -316,6 +330,12 @@ def _check_beta(name: str, label: str, beta: object) -> None:
         raise TypeError(
             f"{name}: {label} must be a float or a scalar tensor, got {type(beta).__name__}"
         )
+
+
+def _described(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"a {str(x.layout).removeprefix('torch.')} one of shape {list(x.shape)}"
 
 
 def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
@@ -352,10 +372,13 @@ def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) 
         raise TypeError(
             f"{name}: {label} must be a list of probabilities, one for each layer, got {dropout!r}"
         )
+    if not all(isinstance(p, Real) for p in dropout):
+        raise TypeError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
     dropout = [float(p) for p in dropout]
     if len(dropout) != n_layers:
         raise ValueError(
-            f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}"
+            f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}; "
+            "q_dims is the fourth argument"
         )
     if not all(0 <= p <= 1 for p in dropout):
         raise ValueError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")

@@ -400,3 +400,5 @@ def _check_int(name: str, value: Any) -> None:
         raise TypeError(f"recommend: {name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"recommend: {name} must be at least 1, got {value}")
+    if value >= 2**31:
+        raise ValueError(f"recommend: {name} must be below 2**31, got {value}")

@@ -20,13 +20,15 @@ from .clicks import Clicks
 
 METRIC = "ndcg@100"  # decides which epoch is best
 SECONDS_BETWEEN = 0.1  # two movements of the bar
+_BEFORE_A_CHECKPOINT = {"config.json", "metrics.jsonl", "best.pt"}
+_FILES = _BEFORE_A_CHECKPOINT | {"last.pt"}
 _MAX_JSON = 2**20  # bytes of config.json; ours have five hundred
 
 
 class RunFolder:
     """The run folder: config.json, metrics.jsonl, curve.png, and the advice of messages; folder may be None."""
 
-    def __init__(self, folder, model, settings: dict[str, Any], train: Clicks, items):
+    def __init__(self, folder, model, settings: dict[str, Any], train: Clicks, validation, items):
         self.folder = None if folder is None else Path(folder)
         self.items = items
         self.config = {
@@ -35,6 +37,9 @@ class RunFolder:
             "n_users": train.n_users,
             **settings,
             "train": None if folder is None else train.fingerprint(),
+            "validation": None
+            if folder is None or validation is None
+            else [clicks.fingerprint() for clicks in validation],
         }
 
     @contextlib.contextmanager
@@ -64,9 +69,9 @@ class RunFolder:
                 f"fit: run_dir must be a new folder, got {self.folder} with a run in it; "
                 "resume that run or name another folder"
             )
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, _FILES)
         names = {path.name for path in self.folder.iterdir()}
-        if names and not (names <= {"config.json", "metrics.jsonl", "best.pt"} and self._is_ours()):
+        if names and not (names <= _BEFORE_A_CHECKPOINT and self._is_ours()):
             raise ValueError(
                 f"fit: run_dir must be a new or empty folder, got {self.folder} with "
                 f"{', '.join(sorted(names)[:3])} in it; name another folder"
@@ -90,13 +95,14 @@ class RunFolder:
                 )
         then = read_config(self.folder)
         for name, value in self.config.items():
-            if then.get(name) != value and name == "train":
-                raise ValueError("fit: train must be the clicks of the run to resume, got others")
+            if then.get(name) != value and name in ("train", "validation"):
+                got = "none" if value is None else "others"
+                raise ValueError(f"fit: {name} must be the clicks of the run to resume, got {got}")
             if then.get(name) != value:
                 raise ValueError(
                     f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
                 )
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, _FILES)
 
     def check_items(self, then: list[str] | None) -> None:
         """ValueError where the run to resume had other items, or had them in another order."""

@@ -20,8 +20,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,16 @@ def fit(
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed, patience=patience)
+    _check_numbers(
+        (int, np.integer),
+        "a whole number",
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        patience=patience,
+        total_anneal_steps=total_anneal_steps,
+    )
+    _check_numbers((Real,), "a number", lr=lr, anneal_cap=anneal_cap)
     settings = _Settings(
         int(batch_size), float(lr), float(anneal_cap), int(total_anneal_steps), normalize, precision, int(seed)
     )  # fmt: skip
@@ -138,7 +148,7 @@ def fit(
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
-    run = RunFolder(run_dir, model, asdict(settings), train, items)
+    run = RunFolder(run_dir, model, asdict(settings), train, validation, items)
     with run.claimed(resume):
         trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
         if resume:
@@ -310,9 +320,9 @@ class _Trainer:
         if self.run.folder is not None:
             if self.result.best_epoch:
                 self.best_weights = read_checkpoint(self.run.folder / "best.pt")["model"]
-            self.run.draw_curve(self.result.history)
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
+        self.run.draw_curve(self.result.history)
 
     def save_last(self) -> None:
         """Write last.pt: all that a resume needs."""
@@ -336,6 +346,8 @@ class _Trainer:
         self.run.check_items(state.get("meta", {}).get("items"))
         try:
             self._take_up(state)
+            if self.result.best_epoch:
+                read_checkpoint(self.run.folder / "best.pt")  # better now than after the last epoch
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -464,11 +476,11 @@ def _held_interrupt() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_numbers(**numbers: Any) -> None:
+def _check_numbers(kinds: tuple[type, ...], expected: str, **numbers: Any) -> None:
     for name, value in numbers.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole and not (name == "patience" and value is None):
-            raise TypeError(f"fit: {name} must be a whole number, got {value!r}")
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        if not fits and not (name == "patience" and value is None):
+            raise TypeError(f"fit: {name} must be {expected}, got {value!r}")
 
 
 def _check_model(model, run_dir) -> None:
@@ -507,6 +519,10 @@ def _check_data(model, train, validation, items) -> None:
         raise ValueError(
             f"fit: model must be float32, got {dtype_name(dtype)}; precision='bf16' computes in bf16 all the same"
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("fit: model must have a weight that requires grad, got none")
+    if items is not None and not isinstance(items, Collection):
+        raise TypeError(f"fit: items must be a list of ids, got {type(items).__name__}")
     if items is not None and len(items) != model.n_items:
         raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
     if items is not None and len({str(item) for item in items}) < len(items):
@@ -529,7 +545,7 @@ def _check_settings(settings: _Settings, device: torch.device, epochs, patience)
     s = settings
     rules = (
         ("epochs", epochs, epochs >= 0, "be at least 0"),
-        ("batch_size", s.batch_size, s.batch_size >= 1, "be at least 1"),
+        ("batch_size", s.batch_size, 1 <= s.batch_size < 2**31, "lie in [1, 2**31)"),
         ("lr", s.lr, 0 < s.lr < math.inf, "be a finite number above 0"),
         (
             "anneal_cap",

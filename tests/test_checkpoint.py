@@ -284,6 +284,27 @@ def test_a_state_dict_in_torchs_old_format_is_read(tmp_path):
 # a resume from what is not a run
 
 
+def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
+    path = saved(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        member = next(m for m in archive.infolist() if m.filename.endswith("data/0"))
+    content = bytearray(path.read_bytes())
+    first = content.index(model().encode.q_layers.layer(0).weight.t().contiguous().detach().numpy().tobytes()[:4], member.header_offset)  # fmt: skip
+    content[first + 3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="must be a whole checkpoint of tensors and JSON"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    torch.save(
+        {key: value.to(dtype) for key, value in model().state_dict().items()}, tmp_path / "m.pt"
+    )
+    with pytest.raises(ValueError, match="weights that are no floating point numbers"):
+        load_model(tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
 )

@@ -199,8 +199,10 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
         (("train", "data", "run", "--latent", 10**12), "train: hidden and latent must be widths whose weights fit in memory, got [1000000000000, 600, 60]"),
         (("train", "data", "run", "--latent", 10**30), "train: hidden and latent must be widths whose weights fit in memory"),
         (("train", "data", "run", "--hidden", "wide"), "train: hidden must be widths such as"),
-        (("train", "data", "run", "--batch-size", 0), "fit: batch_size must be at least 1, got 0"),
+        (("train", "data", "run", "--batch-size", 0), "fit: batch_size must lie in [1, 2**31), got 0"),
         (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
+        (("train", "data", "run", "--device", "cpu:abc"), "device must be cpu or cuda, got cpu:abc"),
+        (("train", "data", "run", "--batch-size", 10**23), "fit: batch_size must lie in [1, 2**31)"),
         (("train", "data", "run", "--device", "tpu"), "device must be cpu or cuda, got tpu"),
         (("evaluate", "missing", "data"), "run must be a run folder or a checkpoint, got nothing at missing"),
         (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
@@ -291,6 +293,35 @@ def test_recommend_says_how_many_it_wrote_and_who_got_nothing(tmp_path, run, pre
         code == 2
         and err == f"fastvae: events: path must be a file, got nothing at {tmp_path}/none.csv\n"
     )
+
+
+def test_recommend_from_a_dataset_folder_takes_no_options_of_a_log_and_any_k(
+    tmp_path, run, prepared
+):
+    train(run, prepared[1], tmp_path / "run")
+    arguments = ("recommend", tmp_path / "run", prepared[1], tmp_path / "t.csv")
+    code, out, err = run(*arguments, "--min-rating", 5, "--no-header")
+    assert (
+        code == 2
+        and out == ""
+        and err
+        == (
+            "fastvae: recommend: histories must be a click log where --min-rating is given, got a dataset folder\n"
+        )
+    )
+    code, out, _ = run(*arguments, "-k", 10**23)
+    assert code == 0 and "wrote the top 60 of" in out
+
+
+def test_a_terminal_without_the_sign_for_plus_minus(tmp_path, run, prepared):
+    train(run, prepared[1], tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvae", "evaluate", tmp_path / "run", prepared[1]],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "popularity" in done.stdout and " ? " in done.stdout
 
 
 def test_a_broken_config_is_named_where_it_is_read(tmp_path, run, prepared):

@@ -91,6 +91,17 @@ def test_values_at_the_ends_of_their_range_keep_the_rows_norm(value):
     torch.testing.assert_close(y, (x / x.norm()).float())
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.float16, torch.bool]
+)
+def test_rare_dtypes_of_tensors(dtype):
+    assert_is(Clicks.from_matrix(torch.from_numpy(DENSE > 0).to(dtype)), DENSE > 0)
+
+
+def test_numpy_half_precision():
+    assert_is(Clicks.from_matrix(DENSE.astype(np.float16)), DENSE)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int64"])
 def test_rows_of_every_integer_dtype(dtype):
     chosen = Clicks.from_matrix(DENSE).rows(np.array([2, 0], dtype))
@@ -229,7 +240,15 @@ def test_bad_arrays_are_named(arguments, error, message):
 def test_bad_containers_rows_and_pairs_are_named():
     cases = [
         (lambda: Clicks.from_matrix([[1, 0]]), TypeError, "Clicks: x must be a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks, got list"),
-        (lambda: Clicks.from_matrix(np.ones(3)), TypeError, "got 1-D numpy array"),
+        (lambda: Clicks.from_matrix(np.ones(3)), TypeError, "got ndarray of 1 dimensions"),
+        (lambda: Clicks.from_matrix(sp.coo_array(np.ones(3))), TypeError, "got coo_array of 1 dimensions"),
+        (lambda: Clicks.from_matrix(np.ma.masked_array(DENSE, DENSE == 2)), TypeError, "got MaskedArray of 2 dimensions"),
+        (lambda: Clicks.from_matrix(DENSE.astype(object)), TypeError, "Clicks: values must be real numbers, got object"),
+        (lambda: Clicks.from_matrix(torch.ones(2, 2, dtype=torch.complex64)), TypeError, "Clicks: values must be real numbers, got complex64"),
+        (lambda: Clicks.from_matrix(torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (2, 2), check_invariants=True)), ValueError, "Clicks: x must hold numbers, got vectors of shape [2]"),
+        (lambda: Clicks([0, 3], [0, 0, 0], [1e12] * 3, 2), ValueError, "Clicks: values must be 0 or lie in [1e-12, 1e+12], got 3000000000000.0 at row 0, position 0"),
+        (lambda: Clicks.from_matrix(DENSE).to(torch.float32), TypeError, "Clicks: device must be a torch device such as 'cuda', got torch.float32"),
+        (lambda: Clicks.from_matrix(DENSE).to("gpu"), TypeError, "Clicks: device must be a torch device such as 'cuda', got 'gpu'"),
         (lambda: Clicks.from_matrix(torch.ones(3)), ValueError, "Clicks: x must have 2 dimensions, got 1"),
         (lambda: Clicks.from_matrix(DENSE).rows([0, 3]), ValueError, "Clicks: rows must lie in [0, 3), got 3"),
         (lambda: Clicks.from_matrix(DENSE).rows([-1]), ValueError, "Clicks: rows must lie in [0, 3), got -1"),

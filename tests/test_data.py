@@ -188,6 +188,24 @@ def test_duplicate_pairs_count_once_or_as_often_as_they_come(tmp_path):
     assert counted.info["dropped"]["duplicates"] == 1
 
 
+def test_ids_with_a_colon_in_a_file_of_double_colons(tmp_path):
+    lines = "u:1::x:2::4::2001-01-01 12:30:00\nu:1::x:3::5::2001-01-01 12:31:00\n"
+    path = write(tmp_path, "ratings.dat", lines)
+    assert pairs_of(read_events(path)) == [("u:1", "x:2"), ("u:1", "x:3")]
+    assert pairs_of(read_events(path, min_rating=5)) == [("u:1", "x:3")]
+    films = write(tmp_path, "movies.dat", "item::title::genre\n1::Star Wars: Episode IV::Action\n")
+    assert read_titles(films) == {"1": "Star Wars: Episode IV"}
+
+
+def test_a_parquet_column_of_structures_is_no_column_of_ids(tmp_path):
+    path = tmp_path / "nested.parquet"
+    pl.DataFrame({"user": [{"a": 1}], "item": ["i"]}).write_parquet(path)
+    with pytest.raises(
+        ValueError, match=r"nested.parquet: 'user' of lists or structures, which are"
+    ):
+        read_events(path)
+
+
 def test_ratings_that_are_no_numbers_are_counted_or_named(tmp_path):
     path = write(tmp_path, "comma.csv", "user;item;rating\nu;a;4,5\nu;b;3\nu;c;\nu;d;0\n;e;x\n")
     events = read_events(path)
@@ -283,6 +301,31 @@ BAD_FILES = {
         {},
         "events: file must have no more fields on a line than on the first, got such a line in ragged.csv",
     ),
+    "ragged_beyond_what_is_read.csv": (
+        "user,item,time\na,x,1\nb,Hello, World,1\nc,z,1\n",
+        {},
+        "events: file must have no more fields on a line than on the first, got such a line in ragged_beyond_what_is_read.csv",
+    ),
+    "ragged_before.tsv": (
+        "user\ttitle_x\titem\na\tT\tx\nb\tHello\tWorld\ty\n",
+        {},
+        "events: file must have no more fields on a line than on the first, got such a line in ragged_before.tsv",
+    ),
+    "ragged.dat": (
+        "1::2::4\n1::2::4::5\n",
+        {},
+        "events: file must have no more fields on a line than on the first, got such a line in ragged.dat",
+    ),
+    "excel.csv": (
+        "sep=,\nuser,item\nu,a\n",
+        {},
+        "events: file must start with a line of column names, got 'sep=', '' in excel.csv; remove what stands above them",
+    ),
+    "no_mark.csv": (
+        "user,item\nu,a\n".encode("utf-16-le"),
+        {},
+        "events: file must be UTF-8 text or Parquet, got other bytes in no_mark.csv; convert the file first",
+    ),
     "open_quote.csv": (
         'user,item\nu,"a\nv,b\n',
         {},
@@ -354,9 +397,9 @@ def test_any_bytes_are_read_or_refused(tmp_path, content, name):
                 )
 
 
-# str.strip takes four control characters for white space that polars does not
+# str.strip takes four control characters for white space that polars does not; a byte 0 is refused
 ID = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\r\x1c\x1d\x1e\x1f"), max_size=12
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\x1c\x1d\x1e\x1f"), max_size=12
 )
 
 
@@ -512,6 +555,10 @@ BAD_SETTINGS = {
     "held_out": (
         {"held_out_fraction": 1.0},
         "prepare: held_out_fraction must lie in (0, 1), got 1.0",
+    ),
+    "no_fraction": (
+        {"held_out_fraction": "a"},
+        "prepare: held_out_fraction must lie in (0, 1), got 'a'",
     ),
     "few_ids": ({"items": ["a"]}, "prepare: items must hold 6 ids, got 1"),
     "same_ids": ({"users": [1] * 10}, "prepare: users must hold distinct ids, got 9 repeated"),
@@ -715,6 +762,8 @@ def test_saving_replaces_a_dataset_and_nothing_else(tmp_path):
         check_writable(foreign)
     with pytest.raises(ValueError, match=r"^dataset: folder must be a folder, got a file at "):
         check_writable(foreign / "info.json")
+    with pytest.raises(ValueError, match=r"must be a folder, got a file at .*/info.json$"):
+        check_writable(foreign / "info.json" / "below")
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

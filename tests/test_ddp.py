@@ -48,11 +48,9 @@ def case():
     """A model, fold-in and held-out clicks of seven users; one has nothing to predict."""
     torch.manual_seed(1)
     fold_in = random_clicks([3, 1, 4, 2, 5, 2, 6], N_ITEMS)
-    return (
-        MultiVAE([4, 6, N_ITEMS]).eval(),
-        fold_in,
-        random_clicks([2, 3, 1, 0, 4, 1, 2], N_ITEMS, 1),
-    )
+    held_out = random_clicks([2, 3, 1, 0, 4, 1, 2], N_ITEMS, 1).to_dense()
+    held_out[fold_in.to_dense() > 0] = 0
+    return MultiVAE([4, 6, N_ITEMS]).eval(), fold_in, Clicks.from_matrix(held_out)
 
 
 def process(rank, port, folder):

@@ -344,8 +344,8 @@ def test_sizes_that_do_not_fit():
         ((three, three.rows([0, 0])), "held_out must have shape [1, 3] like fold_in, got [2, 3]"),
         ((four, four), "fold_in must have 3 items like the model, got 4"),
         ((three, three, []), "metrics must name at least one metric, got none"),
-        ((three, three, "ndcg@1", 0), "block_size must be an int of at least 1, got 0"),
-        ((three, three, "ndcg@1", 2.5), "block_size must be an int of at least 1, got 2.5"),
+        ((three, three, "ndcg@1", 0), "block_size must be an int in [1, 2**31), got 0"),
+        ((three, three, "ndcg@1", 2.5), "block_size must be an int in [1, 2**31), got 2.5"),
     ]
     for args, message in cases:
         with pytest.raises(ValueError) as raised:
@@ -411,6 +411,9 @@ def test_arguments_of_the_metrics():
         with pytest.raises(ValueError) as raised:
             recall_at_k(scores, held_out, k)
         assert str(raised.value) == f"recall_at_k: k must be an int of at least 1, got {k!r}"
+    assert ndcg_at_k(scores, held_out, 10**30) == ndcg_at_k(scores, held_out, 3)
+    with pytest.raises(TypeError, match=r"^evaluate: metrics must be names such as"):
+        evaluate(Scores(scores), held_out, held_out, metrics=None)
     with pytest.raises(TypeError, match=r"^ndcg_at_k: scores must be a float tensor, got int64$"):
         ndcg_at_k(scores.long(), held_out, 1)
     with pytest.raises(TypeError, match=r"^ndcg_at_k: scores must be a float tensor, got ndarray$"):

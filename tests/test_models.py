@@ -278,9 +278,10 @@ def test_bf16_autocast_is_close_and_finite():
         ((9,), "MultiVAE: p_dims must be a list of whole widths, got 9"),
         (([4, 6.5, 9],), "MultiVAE: p_dims must be a list of whole widths, got [4, 6.5, 9]"),
         (([4, 9], None, None, "94"), "MultiVAE: q_dims must be a list of whole widths, got '94'"),
-        (([4, 6, 9], [0.5]), "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]"),
+        (([4, 6, 9], [0.5]), "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]; q_dims is the fourth argument"),
+        (([4, 6, 9], ["a", 0]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got ['a', 0]"),
         (([4, 6, 9], [0.5, 2]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got [0.5, 2.0]"),
-        (([4, 6, 9], None, [0.0]), "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]"),
+        (([4, 6, 9], None, [0.0]), "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]; q_dims is the fourth argument"),
         (([4, 6, 9], None, None, [8, 6, 4]), "MultiVAE: q_dims must start with the 9 items of p_dims, got [8, 6, 4]"),
         (([4, 6, 9], None, None, [9, 6, 3]), "MultiVAE: q_dims must end with the 4 latents of p_dims, got [9, 6, 3]"),
     ],
@@ -315,6 +316,42 @@ def test_a_dense_x_of_another_dtype_is_taken_as_the_models(dtype):
     model = MultiDAE([4, 9])
     x = random_clicks([2, 3], 9).to_dense()
     assert torch.equal(model.eval()(x.to(dtype)), model(x))
+
+
+def test_vae_loss_fn_names_what_does_not_fit():
+    out, mu = torch.zeros(2, 9), torch.zeros(2, 4)
+    for arguments, error, message in [
+        (([[1.0]], out, mu, mu), TypeError, "inp must be a dense tensor of 2 dimensions or Clicks, got list"),
+        ((out.to_sparse(), out, mu, mu), TypeError, "inp must be a dense tensor of 2 dimensions or Clicks, got a sparse_coo one of shape [2, 9]"),
+        ((out, out[0], mu, mu), TypeError, "out must be a dense tensor of 2 dimensions, got a strided one of shape [9]"),
+        ((out, out, mu[:1], mu[:1]), ValueError, "mu and logvar must have one shape [2, n_latent], got [1, 4] and [1, 4]"),
+        ((out, out, mu, mu[:, :1]), ValueError, "mu and logvar must have one shape [2, n_latent], got [2, 4] and [2, 1]"),
+    ]:  # fmt: skip
+        with pytest.raises(error) as caught:
+            vae_loss_fn(*arguments, 0.1)
+        assert str(caught.value) == f"vae_loss_fn: {message}"
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_loss_of_an_fp64_model_is_fp64_throughout(make):
+    torch.manual_seed(0)
+    model, clicks = make([2, 3, 6]).double().eval(), random_clicks([2, 4, 1], 6)
+    assert all(terms.dtype == torch.float64 for terms in model.loss_terms(clicks))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def loss(*values):
+        return torch.func.functional_call(
+            model, dict(zip(names, values, strict=True)), (clicks, 0.3)
+        )
+
+    # the item-major weight is given to gradcheck as the contiguous tensor that it wants
+    assert torch.autograd.gradcheck(
+        loss,
+        [
+            p.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            for p in parameters
+        ],
+    )
 
 
 def test_a_batch_without_users():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import sys
 import warnings
 
@@ -449,6 +450,20 @@ def test_blocks_give_the_same_file(found, tmp_path, suffix):
         assert (tmp_path / f"whole.{suffix}").read_bytes() == (
             tmp_path / f"parts.{suffix}"
         ).read_bytes()
+
+
+def test_a_link_is_written_through_and_a_device_left_alone(found, tmp_path):
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_recommendations(link, USERS, found)
+    assert link.is_symlink() and real.read_text().startswith("user,rank,item,score")
+    for path, form in ((tmp_path, "csv"), (os.devnull, "csv")):
+        with pytest.raises(ValueError) as raised:
+            write_recommendations(path, USERS, found, format=form)
+        assert str(raised.value) == (
+            f"write_recommendations: path must be a file, got a folder or a device, {str(path)!r}"
+        )
 
 
 def test_without_a_vocabulary_the_indices_are_written(tmp_path):

@@ -420,8 +420,12 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"validation": (random_clicks([2], 5), random_clicks([2], 5))}, ValueError, "fit: fold_in must have the model's 40 items, got 5"),
         ({"validation": (random_clicks([2], N_ITEMS), random_clicks([0], N_ITEMS))}, ValueError, "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"),
         ({"epochs": -1}, ValueError, "fit: epochs must be at least 0, got -1"),
-        ({"batch_size": 0}, ValueError, "fit: batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "fit: batch_size must lie in [1, 2**31), got 0"),
         ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0.0"),
+        ({"lr": "fast"}, TypeError, "fit: lr must be a number, got 'fast'"),
+        ({"total_anneal_steps": 0.5}, TypeError, "fit: total_anneal_steps must be a whole number, got 0.5"),
+        ({"items": iter("ab")}, TypeError, "fit: items must be a list of ids, got str_ascii_iterator"),
+        ({"model": model().requires_grad_(False)}, ValueError, "fit: model must have a weight that requires grad, got none"),
         ({"lr": float("nan")}, ValueError, "fit: lr must be a finite number above 0, got nan"),
         ({"anneal_cap": float("inf")}, ValueError, "fit: anneal_cap must be a finite number of at least 0, got inf"),
         ({"patience": 3}, ValueError, "fit: patience must be None without validation, got 3"),
@@ -466,6 +470,53 @@ def test_a_run_folder_that_lost_a_file_is_not_resumed(tmp_path, name):
     assert str(caught.value) == (
         f"fit: run_dir must hold a run to resume, got {run} without {name}; train without resume, in a new folder"
     )
+
+
+def test_a_run_is_resumed_with_its_own_validation_only(tmp_path):
+    train, validation = learnable()
+    fit(model(), train, validation, epochs=1, run_dir=tmp_path / "run")
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+    for other, got in ((None, "none"), (validation[::-1], "others")):
+        with pytest.raises(ValueError) as caught:
+            fit(model(), train, other, epochs=2, run_dir=tmp_path / "run", resume=True)
+        assert (
+            str(caught.value)
+            == f"fit: validation must be the clicks of the run to resume, got {got}"
+        )
+    assert (tmp_path / "run" / "best.pt").read_bytes() == before
+
+
+def test_a_run_without_its_best_checkpoint_is_refused_before_it_trains(tmp_path, monkeypatch):
+    train, validation = learnable()
+    fit(model(), train, validation, epochs=1, run_dir=tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    monkeypatch.setattr(MultiVAE, "loss_terms", None)  # not to be reached
+    with pytest.raises(ValueError, match=r"best\.pt"):
+        fit(model(), train, validation, epochs=2, run_dir=tmp_path / "run", resume=True)
+
+
+def test_the_model_has_its_best_weights_even_where_the_curve_cannot_be_drawn(tmp_path):
+    train, validation = learnable()
+    net, run = model(), tmp_path / "run"
+    fit(net, train, validation, epochs=1, run_dir=run)
+    best = load_model(run / "best.pt")[0]
+    (run / "curve.png").unlink()
+    (run / "curve.png").mkdir()
+    again = model(seed=1)
+    with pytest.raises(OSError):
+        fit(again, train, validation, epochs=1, run_dir=run, resume=True)
+    assert_equal_weights(weights(again), weights(best))
+
+
+def test_only_leftovers_of_our_own_files_are_removed(tmp_path):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".notes.tmp", ".best.pt.old.tmp", ".best.pt.12.tmp"):
+        (run / name).write_text("x")
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        fit(model(), train, epochs=1, run_dir=run)
+    assert sorted(path.name for path in run.iterdir()) == [".best.pt.old.tmp", ".notes.tmp"]
 
 
 class MyVAE(MultiVAE):
