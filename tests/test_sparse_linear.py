@@ -16,9 +16,9 @@ LENGTHS = [
     pytest.param([0, 3, 0, 2, 0], 7, id="empty-rows-first-middle-last"),
     pytest.param([1], 1, id="smallest"),
     pytest.param([9, 1], 9, id="a-row-with-all-items"),
-    pytest.param([4, 900], ITEMS_PER_BLOCK - 1, id="items-one-below-a-block"),
-    pytest.param([4, 900], ITEMS_PER_BLOCK, id="items-exactly-a-block"),
-    pytest.param([4, 900], ITEMS_PER_BLOCK + 1, id="items-one-above-a-block"),
+    pytest.param([4, 500], ITEMS_PER_BLOCK - 1, id="items-one-below-a-block"),
+    pytest.param([4, 500], ITEMS_PER_BLOCK, id="items-exactly-a-block"),
+    pytest.param([4, 500], ITEMS_PER_BLOCK + 1, id="items-one-above-a-block"),
 ]
 
 
