@@ -390,9 +390,10 @@ def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, item
 
 def _warn_of_other_split(run: Path, data: Dataset) -> None:
     """A line on stderr where the run was trained on other users than the dataset's: test users may be among them."""
-    if not (run / "config.json").is_file():
+    folder = run.parent if run.name in ("best.pt", "last.pt") else run
+    if not (folder / "config.json").is_file():
         return
-    if read_config(run).get("train") != data.train.fingerprint():
+    if read_config(folder).get("train") != data.train.fingerprint():
         err.print(
             f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
             "those measured here",

@@ -72,9 +72,10 @@ class RunFolder:
         remove_leftovers(self.folder, _FILES)
         names = {path.name for path in self.folder.iterdir()}
         if names and not (names <= _BEFORE_A_CHECKPOINT and self._is_ours()):
+            foreign = sorted(names - _BEFORE_A_CHECKPOINT or names)[:3]
             raise ValueError(
                 f"fit: run_dir must be a new or empty folder, got {self.folder} with "
-                f"{', '.join(sorted(names)[:3])} in it; name another folder"
+                f"{', '.join(foreign)} in it; name another folder"
             )
         write_text(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
         self.rewrite_metrics([])
@@ -105,8 +106,11 @@ class RunFolder:
         remove_leftovers(self.folder, _FILES)
 
     def check_items(self, then: list[str] | None) -> None:
-        """ValueError where the run to resume had other items, or had them in another order."""
+        """ValueError where the run to resume had other items, or had them in another order; its items, where none are given."""
+        if then is None and self.items is not None:
+            raise ValueError("fit: items must be None as in the run to resume, got ids")
         if then is None or self.items is None:
+            self.items = then
             return
         for n, (old, new) in enumerate(zip(then, self.items, strict=False)):
             if old != str(new):

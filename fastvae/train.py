@@ -116,7 +116,7 @@ def fit(
     seed        of the order of users, dropout and noise (not of the model's initial weights)
     run_dir     run folder to write, or None; one training at a time
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
-    items       external item ids [n_items], distinct, to keep with the checkpoints
+    items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
     progress    show a progress bar (extra cli)
     cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
 
@@ -460,8 +460,10 @@ def _held_interrupt() -> Iterator[Any]:
     """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
     flag = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    # signals reach the main thread only, and a background job that ignores Ctrl-C goes on ignoring it
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+    # signals reach the main thread only; a background job that ignores Ctrl-C goes on ignoring it, and a handler that
+    # another language has set (None) could not be put back
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (signal.SIG_IGN, None):
         yield flag.is_set
         return
 

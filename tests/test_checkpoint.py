@@ -284,6 +284,36 @@ def test_a_state_dict_in_torchs_old_format_is_read(tmp_path):
 # a resume from what is not a run
 
 
+def test_a_bare_state_dict_is_read_with_the_quirk_that_is_asked_for(tmp_path):
+    torch.manual_seed(0)
+    quirky = MultiVAE([2, 4, 5], tanh_after_dropout=True).eval()
+    torch.save(quirky.state_dict(), tmp_path / "m.pt")
+    x = random_clicks([2, 3], 5)
+    for quirk in (True, False):
+        loaded, _ = load_model(tmp_path / "m.pt", tanh_after_dropout=quirk)
+        assert loaded.config()["tanh_after_dropout"] is quirk
+        assert torch.equal(loaded(x)[0], quirky(x)[0]) is quirk
+
+
+def test_layers_are_counted_as_numbers(tmp_path):
+    deep = MultiDAE([2, *range(3, 15), 5])
+    torch.save(deep.state_dict(), tmp_path / "m.pt")
+    loaded, _ = load_model(tmp_path / "m.pt")
+    assert loaded.p_dims == deep.p_dims and loaded.q_dims == deep.q_dims
+
+
+def test_item_ids_that_are_numbers_are_kept_as_text(tmp_path):
+    assert load_model(saved(tmp_path, [10, 20, 30, 40, 50]))[1] == ["10", "20", "30", "40", "50"]
+
+
+def test_sparse_weights_are_refused(tmp_path):
+    weights = model().state_dict()
+    key = "decode.p_layers.linear_1.weight"
+    torch.save({**weights, key: weights[key].to_sparse()}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="must be a whole checkpoint of tensors and JSON"):
+        load_model(tmp_path / "m.pt")
+
+
 def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
     path = saved(tmp_path)
     with zipfile.ZipFile(path) as archive:

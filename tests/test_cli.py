@@ -14,6 +14,7 @@ import torch
 
 from fastvae import Dataset, MultiDAE, MultiVAE, evaluate, load_model
 from fastvae.checkpoint import read_checkpoint
+from fastvae.evaluate import Popularity
 
 pytest.importorskip("polars")
 
@@ -203,6 +204,7 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
         (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
         (("train", "data", "run", "--device", "cpu:abc"), "device must be cpu or cuda, got cpu:abc"),
         (("train", "data", "run", "--batch-size", 10**23), "fit: batch_size must lie in [1, 2**31)"),
+        *([] if torch.cuda.is_available() else [(("train", "data", "run", "--device", "cuda"), "device must be cpu where torch finds no GPU, got cuda")]),
         (("train", "data", "run", "--device", "tpu"), "device must be cpu or cuda, got tpu"),
         (("evaluate", "missing", "data"), "run must be a run folder or a checkpoint, got nothing at missing"),
         (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
@@ -322,6 +324,101 @@ def test_a_terminal_without_the_sign_for_plus_minus(tmp_path, run, prepared):
         text=True,
     )
     assert done.returncode == 0 and "popularity" in done.stdout and " ? " in done.stdout
+
+
+def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch):
+    from fastvae import cli
+    from fastvae.train import FitResult
+
+    calls = []
+    monkeypatch.setattr(cli, "fit", lambda *a, **k: calls.append((a, k)) or FitResult())
+    settings = {
+        "epochs": 3, "batch_size": 7, "lr": 0.5, "anneal_cap": 0.7, "total_anneal_steps": 9, "patience": 2,
+        "precision": "bf16", "seed": 4,
+    }  # fmt: skip
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    layers = ("--hidden", "30,20", "--latent", 5, "--dropout", 0.25, "--model", "dae")
+    assert run("train", prepared[1], tmp_path / "run", "--resume", *layers, *options)[0] == 0
+    (net, train, validation), passed = calls[0]
+    data = Dataset.load(prepared[1])
+    expected = settings | {"run_dir": tmp_path / "run", "resume": True, "items": list(data.items), "progress": True}  # fmt: skip
+    assert passed == expected
+    assert isinstance(net, MultiDAE) and net.p_dims == [5, 20, 30, data.n_items]
+    assert net.dropout_enc == [0.25, 0.0, 0.0] and net.q_dims == net.p_dims[::-1]
+    given = [clicks.fingerprint() for clicks in (train, *validation)]
+    assert given == [clicks.fingerprint() for clicks in (data.train, data.vad_tr, data.vad_te)]
+
+
+def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch):
+    from fastvae import cli
+
+    calls = []
+
+    def record(function):
+        def call(*arguments, **settings):
+            calls.append((arguments[1:], settings))
+            return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(cli, "read_events", record(cli.read_events))
+    monkeypatch.setattr(cli, "split_dataset", record(cli.split_dataset))
+    rows = "".join(f"u{u};i{i};5\n" for u in range(9) for i in range(6))
+    (tmp_path / "log.csv").write_text("a;b;c\n" + rows)
+    columns = ("--user", "a", "--item", "b", "--rating", "c", "--min-rating", 4)
+    text = ("--separator", ";", "--header")
+    split = ("--min-user-clicks", 2, "--min-item-clicks", 3, "--heldout", 2, "--seed", 6)
+    arguments = (tmp_path / "log.csv", tmp_path / "data", *columns, *text, *split, "--counts")
+    assert run("prepare", *arguments)[0] == 0
+    assert calls == [
+        (("a", "b", "c", 4.0), {"separator": ";", "header": True, "counts": True}),
+        ((2, 6), {"min_user_clicks": 2, "min_item_clicks": 3}),
+    ]
+
+
+def test_evaluate_prints_the_baseline_and_the_errors_that_evaluate_gives(tmp_path, run, prepared):
+    train(run, prepared[1], tmp_path / "run")
+    data = Dataset.load(prepared[1])
+    expected = evaluate(Popularity(data.train), data.test_tr, data.test_te).to_dict()
+    _, out, _ = run("evaluate", tmp_path / "run", prepared[1], "--json")
+    assert json.loads(out)["popularity"] == expected
+    _, out, _ = run("evaluate", tmp_path / "run", prepared[1])
+    row = next(line for line in out.splitlines() if "popularity" in line)
+    for name in ("ndcg@100", "recall@20", "recall@50"):
+        assert f"{expected[name]:.4f} ± {expected[f'{name}_stderr']:.4f}" in row
+
+
+def test_a_dataset_with_as_many_but_other_items_is_refused(tmp_path, run, prepared):
+    log, data = prepared
+    train(run, data, tmp_path / "run")
+    (tmp_path / "other.csv").write_text(log.read_text().replace("film, 7", "film, seven"))
+    arguments = ("--heldout", 15, "--min-rating", 4)
+    assert run("prepare", tmp_path / "other.csv", tmp_path / "other", *arguments)[0] == 0
+    code, _, err = run("evaluate", tmp_path / "run", tmp_path / "other")
+    assert code == 2 and "checkpoint has other items than the data, which has 'film, seven'" in err
+
+
+def test_the_histories_of_a_datasets_users_are_their_fold_in_clicks(prepared):
+    from fastvae.cli import _dataset_histories
+
+    data = Dataset.load(prepared[1])
+    for users, x, ids in (
+        ("train", data.train, data.users_train),
+        ("vad", data.vad_tr, data.users_vad),
+        ("test", data.test_tr, data.users_test),
+    ):
+        histories, names, items = _dataset_histories(prepared[1], users)
+        assert histories.fingerprint() == x.fingerprint()
+        assert list(names) == list(ids) and list(items) == list(data.items)
+
+
+def test_the_checkpoint_of_a_run_warns_of_another_split_as_its_folder_does(tmp_path, run, prepared):
+    log, data = prepared
+    train(run, data, tmp_path / "run")
+    run("prepare", log, tmp_path / "other", "--heldout", 15, "--min-rating", 4, "--seed", 5)
+    for path in (tmp_path / "run", tmp_path / "run" / "best.pt"):
+        assert "was trained on other clicks" in run("evaluate", path, tmp_path / "other")[2]
+        assert run("evaluate", path, data)[2] == ""
 
 
 def test_a_broken_config_is_named_where_it_is_read(tmp_path, run, prepared):

@@ -193,6 +193,36 @@ def test_empty(clicks):
     assert clicks.row_sums().tolist() == [0.0] * clicks.n_users
 
 
+def test_what_is_derived_from_chosen_rows_is_of_those_rows():
+    chosen = Clicks.from_matrix(DENSE).rows([2, 0, 0])
+    assert_is(chosen.binary(), DENSE[[2, 0, 0]] > 0)
+    assert chosen.fingerprint() == Clicks.from_matrix(DENSE[[2, 0, 0]]).fingerprint()
+
+
+def test_the_fingerprint_is_of_pattern_values_and_shape():
+    same = [
+        Clicks([0, 2, 2], [0, 2], [2, 3], n_items=4), Clicks([0, 2, 2], [0, 2], [2, 4], n_items=4),
+        Clicks([0, 2, 2], [0, 2], n_items=4), Clicks([0, 2, 2], [0, 2], n_items=5),
+        Clicks([0, 2], [0, 2], n_items=4), Clicks([0, 2, 2], [0, 3], n_items=4),
+    ]  # fmt: skip
+    assert len({clicks.fingerprint() for clicks in same}) == len(same)
+
+
+@pytest.mark.parametrize("values", [None, [2, 3]])
+def test_the_scipy_matrix_has_memory_of_its_own(values):
+    clicks = Clicks([0, 2], [0, 2], values, n_items=4)
+    before, matrix = clicks.fingerprint(), clicks.to_scipy()
+    matrix.data[:], matrix.indices[:], matrix.indptr[:] = 9, 1, 0
+    assert clicks.fingerprint() == before
+
+
+def test_duplicates_of_large_counts_in_a_tensor_are_summed_exactly():
+    many = torch.sparse_coo_tensor(
+        [[0] * 4, [1] * 4], [2.0**24, 1, 1, 2], (1, 2), check_invariants=True
+    )
+    assert Clicks.from_matrix(many).values.item() == 2**24 + 4
+
+
 def test_rows_share_memory_and_compose():
     clicks = Clicks.from_matrix(DENSE)
     view = clicks.rows([2, 0, 2])

@@ -14,9 +14,9 @@ import pytest
 import torch
 from helpers import random_clicks
 
-from fastvae import Clicks, MultiDAE, MultiVAE, evaluate, fit
+from fastvae import Clicks, MultiDAE, MultiVAE, evaluate, fit, reference
 from fastvae.checkpoint import load_model, read_checkpoint
-from fastvae.train import beta_at
+from fastvae.train import ItemMajorAdam, beta_at, epoch_order
 
 N_ITEMS = 40
 
@@ -424,6 +424,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0.0"),
         ({"lr": "fast"}, TypeError, "fit: lr must be a number, got 'fast'"),
         ({"total_anneal_steps": 0.5}, TypeError, "fit: total_anneal_steps must be a whole number, got 0.5"),
+        ({"items": ["a", "a", *"bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]}, ValueError, "fit: items must be distinct, got one twice"),
+        ({"validation": (random_clicks([2], N_ITEMS), random_clicks([2, 2], N_ITEMS))}, ValueError, "fit: held_out must have the 1 users of fold_in, got 2"),
         ({"items": iter("ab")}, TypeError, "fit: items must be a list of ids, got str_ascii_iterator"),
         ({"model": model().requires_grad_(False)}, ValueError, "fit: model must have a weight that requires grad, got none"),
         ({"lr": float("nan")}, ValueError, "fit: lr must be a finite number above 0, got nan"),
@@ -472,6 +474,147 @@ def test_a_run_folder_that_lost_a_file_is_not_resumed(tmp_path, name):
     )
 
 
+def dense_fit(model, train, epochs, batch_size, seed, normalize, total_anneal_steps):
+    """fit's batches, dropout masks, noise and beta with the dense reference model, divided by clicks or not."""
+    dense = reference.MultiVAE(model.p_dims)
+    dense.load_state_dict(model.state_dict())
+    optimizer, update = torch.optim.Adam(dense.parameters(), lr=1e-3), 0
+    for epoch in range(epochs):
+        order, draw_seed = epoch_order(train.n_users, seed, epoch)
+        torch.manual_seed(draw_seed)
+        for ids in order.split(batch_size):
+            clicks = train.rows(ids)
+            keep = reference.dense_keep(clicks, torch.randint(2**63 - 1, (1,)), 0.5)
+            noise = torch.randn(len(ids), model.p_dims[0])
+            x = clicks.to_dense()
+            logits, mu, logvar = dense(x, keep, noise)
+            nll = -(torch.log_softmax(logits, 1) * x).sum(1)
+            loss = nll + min(0.2, update / total_anneal_steps) * reference.kld(mu, logvar)
+            if normalize == "clicks":
+                loss = loss / x.sum(1)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+            update += 1
+    return dense
+
+
+@pytest.mark.parametrize("normalize", ["none", "clicks"])
+def test_fit_is_the_dense_loop_on_the_same_draws_from_a_model_in_eval_mode(normalize):
+    train = random_clicks([3, 9, 5, 7, 4, 6, 8] * 6, N_ITEMS, counts=True)
+    net = model().eval()  # as load_model gives it
+    options = {"epochs": 2, "batch_size": 10, "seed": 3, "total_anneal_steps": 100}
+    dense = dense_fit(net, train, normalize=normalize, **options)
+    result = fit(net, train, normalize=normalize, **options)
+    for (name, actual), expected in zip(
+        net.named_parameters(), dense.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert [row["beta"] for row in result.history] == [4 / 100, 9 / 100]
+
+
+def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
+    train, seen = random_clicks([3, 5] * 5, N_ITEMS), []
+    step = ItemMajorAdam.step
+
+    def record(self):
+        seen.append(self.parameters[-1].grad.clone())
+        step(self)
+
+    monkeypatch.setattr(ItemMajorAdam, "step", record)
+    net = MultiDAE([4, N_ITEMS], dropout_enc=[0.0])
+    loss = net.loss(train)
+    loss.backward()
+    expected = net.decode.output.bias.grad.clone()
+    net.zero_grad()
+    fit(net, train, epochs=1)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
+    terms, seen = MultiVAE.loss_terms, []
+
+    def record(self, *arguments):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", record)
+    torch.set_float32_matmul_precision("high")
+    try:
+        fit(model(), random_clicks([3] * 5, N_ITEMS), epochs=1, precision=precision)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [(precision == "bf16", "highest")]
+
+
+def test_an_interrupt_never_saves_weights_that_are_not_finite(tmp_path, monkeypatch):
+    train, _ = learnable()
+    run, step = tmp_path / "run", ItemMajorAdam.step
+    fit(model(), train, epochs=1, batch_size=20, run_dir=run)
+    before = (run / "last.pt").read_bytes()
+
+    def spoil(self):
+        step(self)
+        self.views[-1].data[0] = math.inf
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ItemMajorAdam, "step", spoil)
+    with pytest.raises(RuntimeError, match="weights must be finite"):
+        fit(model(), train, epochs=2, batch_size=20, run_dir=run, resume=True)
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_second_interrupt_reaches_the_handler_of_before(monkeypatch):
+    terms, before = MultiVAE.loss_terms, signal.getsignal(signal.SIGINT)
+    handlers = []
+
+    def interrupting(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), random_clicks([5] * 30, N_ITEMS), epochs=1, batch_size=10)
+    assert handlers == [before]
+
+
+def test_the_users_per_second_of_a_resumed_epoch_count_its_rest(tmp_path, monkeypatch):
+    import fastvae.train
+
+    train, _ = learnable()
+    options = {"epochs": 1, "batch_size": 25, "run_dir": tmp_path / "run"}
+    terms = MultiVAE.loss_terms
+
+    def interrupting(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return terms(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MultiVAE, "loss_terms", interrupting)
+        fit(model(), train, **options)
+    clock = itertools.count(0, 3)  # three seconds between two questions
+    monkeypatch.setattr(fastvae.train.time, "perf_counter", lambda: next(clock))
+    result = fit(model(), train, resume=True, **options)
+    assert result.history[0]["users_per_second"] == 25.0
+
+
+def test_a_run_resumed_without_items_keeps_those_it_had(tmp_path):
+    train, validation = learnable()
+    ids, run = list(range(100, 100 + N_ITEMS)), tmp_path / "run"
+    fit(model(), train, validation, epochs=1, run_dir=run, items=ids)
+    fit(model(), train, validation, epochs=3, run_dir=run, resume=True)
+    fit(model(), train, validation, epochs=4, run_dir=run, resume=True, items=ids)
+    for name in ("best.pt", "last.pt"):
+        assert load_model(run / name)[1] == [str(item) for item in ids]
+    fit(model(), train, epochs=1, run_dir=tmp_path / "none")
+    with pytest.raises(ValueError) as caught:
+        fit(model(), train, epochs=2, run_dir=tmp_path / "none", resume=True, items=ids)
+    assert str(caught.value) == "fit: items must be None as in the run to resume, got ids"
+
+
 def test_a_run_is_resumed_with_its_own_validation_only(tmp_path):
     train, validation = learnable()
     fit(model(), train, validation, epochs=1, run_dir=tmp_path / "run")
@@ -506,6 +649,63 @@ def test_the_model_has_its_best_weights_even_where_the_curve_cannot_be_drawn(tmp
     with pytest.raises(OSError):
         fit(again, train, validation, epochs=1, run_dir=run, resume=True)
     assert_equal_weights(weights(again), weights(best))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_started_anew(tmp_path):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    fit(model(), train, epochs=1, run_dir=run)
+    for name in ("last.pt", "curve.png"):
+        (run / name).unlink()
+    (run / ".last.pt.12.tmp").write_text("half")
+    fit(model(), train, epochs=2, run_dir=run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert not list(run.glob(".*"))
+    (run / ".best.pt.12.tmp").write_text("half")
+    fit(model(), train, epochs=3, run_dir=run, resume=True)
+    assert not list(run.glob(".*"))
+
+
+def test_a_foreign_file_beside_our_config_is_left_alone(tmp_path):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    fit(model(), train, epochs=1, run_dir=run)
+    for name in ("last.pt", "curve.png"):
+        (run / name).unlink()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"must be a new or empty folder, got .* with thesis\.txt in it"
+    ):
+        fit(model(), train, epochs=1, run_dir=run)
+
+
+def test_a_loss_of_nan_in_the_first_epoch_names_no_checkpoint(tmp_path):
+    net = model()
+    net.decode.output.bias.data[0] = math.nan
+    with pytest.raises(RuntimeError) as caught:
+        fit(net, learnable()[0], epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value).endswith("(epoch 1, batch 1); lower lr")
+
+
+def test_progress_marks_the_best_epochs_and_counts_a_resumed_run_on(tmp_path, monkeypatch, capsys):
+    from rich.progress import Progress
+
+    forced_metrics(monkeypatch, [0.1, 0.3, 0.2])
+    train, validation = learnable()
+    done, update = [], Progress.update
+    monkeypatch.setattr(
+        Progress,
+        "update",
+        lambda self, *a, **k: done.append(k.get("completed")) or update(self, *a, **k),
+    )
+    monkeypatch.setattr("fastvae.run.SECONDS_BETWEEN", 0)
+    options = {"batch_size": 40, "run_dir": tmp_path / "run", "progress": True}
+    fit(model(), train, validation, epochs=2, **options)
+    fit(model(), train, validation, epochs=3, resume=True, **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert [line.endswith("best") for line in lines] == [True, True, False]
+    assert done == [40, 80, 100, 140, 180, 200, 240, 280, 300]
 
 
 def test_only_leftovers_of_our_own_files_are_removed(tmp_path):
