@@ -199,7 +199,10 @@ def new_model(n_items: int) -> MultiVAE:
 
 
 def check(name: str, provider: Provider, clicks: Clicks) -> float:
-    """Relative error of the loss's gradient for the last hidden weights against the dense reference; raises if wrong."""
+    """Relative error of the loss's gradient for the last hidden weights against the dense reference; raises if wrong.
+
+    Then a step is made, which must change every weight: one without an optimiser would be fast.
+    """
     truth = reference.MultiVAE([200, 600, clicks.n_items]).to(clicks.device).eval()
     truth.load_state_dict(new_model(clicks.n_items).state_dict())
     truth.loss(clicks.to_dense(), BETA).backward()
@@ -214,4 +217,12 @@ def check(name: str, provider: Provider, clicks: Clicks) -> float:
     provider.module.zero_grad(set_to_none=True)
     if not error < (3e-2 if provider.bf16 else 1e-4):
         raise SystemExit(f"bench: {name} is wrong by {error:.1e}, so it is not timed")
+    before = _sums(provider.module)
+    provider.step(provider.to_batch(clicks))
+    if any(a == b for a, b in zip(before, _sums(provider.module), strict=True)):
+        raise SystemExit(f"bench: {name} leaves weights as they are, so it is not timed")
     return error
+
+
+def _sums(module: nn.Module) -> list[float]:
+    return [p.detach().sum(dtype=torch.float64).item() for p in module.parameters()]
