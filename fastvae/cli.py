@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -274,7 +275,8 @@ def demo(
 def main() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without the sign ±
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without the sign ±
     try:
         app(prog_name="fastvae")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
