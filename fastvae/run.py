@@ -147,11 +147,11 @@ class RunFolder:
 
     def draw_curve(self, history: list[dict[str, Any]]) -> None:
         """Write curve.png, where matplotlib (extra cli) is there."""
+        if self.folder is None or not history:
+            return
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return
-        if self.folder is None or not history:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axis = figure.subplots()
