@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -197,6 +198,36 @@ def test_ids_with_a_colon_in_a_file_of_double_colons(tmp_path):
     assert read_titles(films) == {"1": "Star Wars: Episode IV"}
 
 
+@pytest.mark.parametrize("separator", ["\t", "::"])
+def test_quotes_are_characters_where_tabs_or_double_colons_separate(tmp_path, separator):
+    rows = [("1", '"a"', "4"), ('"2"', 'b"', "5"), ('3"', '"b c', "5")]
+    lines = "".join(f"{separator.join(row)}\n" for row in rows)
+    events = read_events(write(tmp_path, "ratings.dat", lines))
+    assert pairs_of(events) == sorted(row[:2] for row in rows)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_lines_joined_by_quotes_are_counted_whether_the_last_line_ends_or_not(tmp_path, end):
+    plain = write(tmp_path, "plain.csv", f"user,item\nu,a\nv,b{end}")
+    assert read_events(plain).info["source"]["lines_joined_by_quotes"] == 0
+    quoted = write(tmp_path, "quoted.csv", f'user,item\nu,"a\nb"\nv,b{end}')
+    events = read_events(quoted)
+    assert pairs_of(events) == [("u", "a\nb"), ("v", "b")]
+    assert events.info["source"]["lines_joined_by_quotes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("users", "whole"),
+    [([1.0, 2.0**53 - 1], True), ([1.0, 2.0**53], False), ([1.0, 1e19, 2e19], False)],
+)
+def test_whole_floats_become_integers_where_a_float_is_one_integer(tmp_path, users, whole):
+    path = tmp_path / "events.parquet"
+    pl.DataFrame({"user": users, "item": "a"}).write_parquet(path)
+    texts = read_events(path).users
+    assert [float(text) for text in texts] == users
+    assert [text.isdigit() for text in texts] == [whole] * len(users)
+
+
 def test_a_parquet_column_of_structures_is_no_column_of_ids(tmp_path):
     path = tmp_path / "nested.parquet"
     pl.DataFrame({"user": [{"a": 1}], "item": ["i"]}).write_parquet(path)
@@ -225,6 +256,8 @@ def test_columns_can_be_named(tmp_path):
     named = write(tmp_path, "named.csv", "who,what,user,item\nu,a,1,2\n")
     assert pairs_of(read_events(named, user="who", item="what")) == [("u", "a")]
     assert pairs_of(read_events(named)) == [("1", "2")]
+    marked = write(tmp_path, "marked.csv", "\ufeffwho,what\nu,a\n")
+    assert pairs_of(read_events(marked, user="who", item="what")) == [("u", "a")]
     numbered = write(tmp_path, "numbered.csv", "1,2,3\n2,5,6\n")
     assert pairs_of(read_events(numbered, user="2", item="1")) == [("2", "1"), ("5", "2")]
     typed = write(tmp_path, "typed.inter", "who:token\twhat:token_seq\nu\ta\n")
@@ -232,6 +265,11 @@ def test_columns_can_be_named(tmp_path):
     words = write(tmp_path, "words.csv", "u;a b\nv;c d\n")
     assert pairs_of(read_events(words, header=False)) == [("u", "a b"), ("v", "c d")]
     assert pairs_of(read_events(words, header=False, separator=" ")) == [("u;a", "b"), ("v;c", "d")]
+
+
+def test_of_several_columns_that_fit_the_likeliest_is_taken(tmp_path):
+    path = write(tmp_path, "e.csv", "username,user_id,isbn,item_id\nAnn,u,1,a\n")
+    assert pairs_of(read_events(path)) == [("u", "a")]
 
 
 BAD_FILES = {
@@ -441,7 +479,8 @@ def events_of(rows):
 def test_items_are_filtered_before_users():
     # c and d are clicked once; without them u3 is left with one click, and goes
     rows = {"u0": "ab", "u1": "ab", "u2": "abc", "u3": "ad"}
-    dataset = split_dataset(events_of(rows), 1, min_user_clicks=2, min_item_clicks=2)
+    # b is clicked exactly as often as an item must be, and stays
+    dataset = split_dataset(events_of(rows), 1, min_user_clicks=2, min_item_clicks=3)
     assert_accounted(dataset)
     assert sorted([*dataset.users_train, *dataset.users_vad, *dataset.users_test]) == ["u0", "u1", "u2"]  # fmt: skip
     assert dataset.items.tolist() == ["a", "b"]
@@ -464,6 +503,11 @@ def test_the_last_users_of_the_permutation_are_test_and_those_before_validation(
         "test_held_out": 2,
     }
     assert Dataset.from_matrix(x, n_heldout=0.2, seed=3).users_vad.tolist() == order[6:8]
+
+
+def test_a_fraction_of_the_users_is_rounded_down():
+    users = Dataset.from_matrix(np.ones((15, 5)), n_heldout=0.1).info["users"]
+    assert [users[name] for name in ("train", "vad", "test")] == [13, 1, 1]
 
 
 def test_held_out_clicks_outside_the_vocabulary_are_dropped_and_counted():
@@ -511,6 +555,16 @@ def test_an_explicit_zero_is_no_click():
     assert dataset.items.tolist() == ["1"]
 
 
+def test_a_user_without_clicks_goes_whatever_the_minimum():
+    x = np.ones((6, 5))
+    x[[0, 3]] = 0
+    dataset = Dataset.from_matrix(x, n_heldout=1, min_user_clicks=0)
+    assert dataset.info["users"] == {"read": 6, "short": 2, "train": 2, "vad": 1, "test": 1}
+    users = (*dataset.users_train, *dataset.users_vad, *dataset.users_test)
+    assert set(users) == {"1", "2", "4", "5"}
+    assert_accounted(dataset)
+
+
 def test_counts_stay_with_their_pair():
     x = np.arange(1, 61).reshape(10, 6)
     dataset = Dataset.from_matrix(x, n_heldout=3, counts=True)
@@ -531,6 +585,11 @@ BAD_SETTINGS = {
     "too_many": (
         {"n_heldout": 5},
         "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 5 clicks; lower "
+        + FEW,
+    ),
+    "too_many_without_a_minimum": (
+        {"n_heldout": 5, "min_user_clicks": 0},
+        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 1 clicks; lower "
         + FEW,
     ),
     "fraction_of_few": (
@@ -766,9 +825,22 @@ def test_saving_replaces_a_dataset_and_nothing_else(tmp_path):
         check_writable(foreign / "info.json" / "below")
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+def test_a_link_is_followed_to_the_folder_that_is_replaced(tmp_path):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    small_dataset(0).save(real)
+    link.symlink_to(real)
+    small_dataset(1).save(link)
+    assert link.is_symlink() and not real.is_symlink()
+    assert_same(small_dataset(1), Dataset.load(real))
+    assert_same(small_dataset(1), Dataset.load(link))
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and os.listdir(real.parent) == ["real"]
+
+
+@pytest.mark.parametrize("name", ["folder", ".folder.old"])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, name):
     folder = tmp_path / "folder"
     small_dataset(0).save(folder)
+    folder.rename(tmp_path / name)  # .folder.old is what a kill between the renames leaves
 
     def full(handle):
         raise OSError(28, "No space left on device")
@@ -875,6 +947,16 @@ def edit_info(folder, **changes):
     (folder / "info.json").write_text(json.dumps({**info, **changes}))
 
 
+def replace(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def promise(path, size, compressed):
+    """Let one member of the .npz claim other sizes and fit its own header to them."""
+    rewrite(path, indices=npy(header("<i4", (size - 128) // 4)))
+    replace(path, struct.pack("<LL", 128, 128), struct.pack("<LL", compressed, size))
+
+
 def truncate(path, keep):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
@@ -917,6 +999,24 @@ HOSTILE = {
         ),
         "a compressed or truncated member",
     ),
+    "member_beyond_the_end": (
+        "train.npz",
+        lambda f: promise(f / "train.npz", 10**8, 10**8),
+        r"a compressed or truncated member 'indices\.npy'",
+    ),
+    "member_of_two_sizes": (
+        "train.npz",
+        lambda f: promise(f / "train.npz", 192, 128),
+        r"a compressed or truncated member 'indices\.npy'",
+    ),
+    "member_twice": (
+        "train.npz",
+        lambda f: (
+            rewrite(f / "train.npz", shap_=npy(header("<i8", 2), np.array([20, 8]).tobytes())),
+            replace(f / "train.npz", b"shap_", b"shape"),
+        ),
+        "members 'indices', 'indptr', 'shape', 'values'",
+    ),
     "path_outside": (
         "train.npz",
         lambda f: rewrite(f / "train.npz", **{"../../outside": npy(header("<i4", 0))}),
@@ -940,6 +1040,11 @@ HOSTILE = {
         "vad_te.npz",
         lambda f: rewrite(f / "vad_te.npz", shape=npy(header("<i8", 2), np.array([5, 999]).tobytes())),
         r"must agree with the rest of the folder on \[5, 8\], got \[5, 999\]",
+    ),
+    "item_twice": (
+        "ids.npz",
+        lambda f: rewrite(f / "ids.npz", items_utf8=npy(header("|u1", 8), b"00234567")),
+        "must agree with the rest of the folder on 8, got 7",
     ),
     "offsets": (
         "ids.npz",
@@ -1142,6 +1247,23 @@ def test_movielens_is_fetched_once_and_then_cached(tmp_path, monkeypatch):
     assert movielens_100k() == (inter, item)
     assert pairs_of(read_events(inter)) == [("196", "242")]
     assert read_titles(item) == {"242": "Kolya", "1": 'M*A*S*H "x"'}
+
+
+def test_a_full_disk_leaves_no_half_of_movielens(tmp_path, monkeypatch):
+    def full(path, content):
+        is_second = path.name == "ml-100k.item"
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // (1 + is_second)])
+        if is_second:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subprocess, "run", fake_pip)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(RuntimeError, match="could not fetch the data"):
+            movielens_100k(tmp_path)
+    assert "ml-100k.item" not in os.listdir(tmp_path)
+    assert [path.read_text() for path in movielens_100k(tmp_path)] == [INTER, ITEM]
 
 
 def test_without_a_network_movielens_says_so(tmp_path, monkeypatch):

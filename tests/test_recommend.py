@@ -22,6 +22,7 @@ from fastvae.models import MultiDAE, MultiVAE
 from fastvae.recommend import (
     GROUP,
     MIN_ROWS,
+    BlockScorer,
     Recommendations,
     recommend,
     recommend_blocks,
@@ -111,13 +112,13 @@ def test_equal_scores_come_in_item_order():
 
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan, INF - INF])
-@pytest.mark.parametrize("n_items", [3, 1000])
+@pytest.mark.parametrize("n_items", [4, 5000])
 def test_a_nan_of_either_sign_ranks_first_and_stays_nan(nan, n_items):
-    scores = torch.zeros(1, n_items, device=DEVICE)
-    scores[0, 1], scores[0, 2] = INF, nan
-    values, items = top_k(scores, 2)
-    assert items.tolist() == [[2, 1]]
-    assert math.isnan(values[0, 0]) and values[0, 1] == INF
+    scores = -torch.arange(n_items, dtype=torch.float32, device=DEVICE)[None]
+    scores[0, 1], scores[0, -2] = INF, nan
+    values, items = top_k(scores, 3)
+    assert items.tolist() == [[n_items - 2, 1, 0]]
+    assert math.isnan(values[0, 0]) and values[0, 1:].tolist() == [INF, 0.0]
 
 
 def test_top_k_without_users_or_items():
@@ -158,10 +159,12 @@ def test_keep_seen_ranks_all_items():
     assert found.items.tolist() == [[2, 1]]
 
 
-def test_k_above_the_number_of_items():
-    found = recommend(Fixed(1.0, 2.0), Clicks([0, 1], [0], n_items=2), k=4)
-    assert found.items.tolist() == [[1, -1, -1, -1]]
-    assert found.scores.tolist() == [[2.0, -INF, -INF, -INF]]
+@pytest.mark.parametrize("k", [4, GROUP + 8])
+def test_k_above_the_number_of_items(k):
+    found = recommend(Fixed(1.0, 2.0), [["a"]], k, items=["a", "b"])
+    assert found.items.tolist() == [[1] + [-1] * (k - 1)]
+    assert found.scores.tolist() == [[2.0] + [-INF] * (k - 1)]
+    assert found.external() == [["b"]]
 
 
 def test_no_users():
@@ -220,6 +223,23 @@ def test_one_user_costs_one_block_whatever_the_number_of_users():
     model, x = Fixed(*range(50)), random_clicks([2] * 1000, 50)
     recommend(model, x.rows([999]), k=1)
     assert [(len(batch), len(batch.indices)) for batch in model.batches] == [(MIN_ROWS, 2)]
+
+
+@pytest.mark.parametrize(
+    ("n_items", "n_users", "rows"),
+    [
+        pytest.param(31_990, 100, 58, id="2**24 // (8 * 32_000 + 24 * (1000 + 320) + 64 * 10)"),
+        pytest.param(60, 7000, 6241, id="2**24 // (8 * 64 + 24 * 64 + 64 * 10)"),
+        pytest.param(2**17, 100, MIN_ROWS, id="at-least-MIN_ROWS"),
+        pytest.param(60, 5, 5, id="fewer-users"),
+        pytest.param(60, 0, 1, id="no-users"),
+    ],
+)
+def test_a_block_has_as_many_rows_as_fit(monkeypatch, n_items, n_users, rows):
+    monkeypatch.setattr(sys.modules["fastvae.recommend"], "BLOCK_BYTES", 2**24)
+    scorer = BlockScorer(Fixed(), Clicks([0] * (n_users + 1), [], n_items=n_items), 10, None)
+    assert scorer.block_size == rows
+    assert scorer.buffer.shape == (rows, -(-n_items // GROUP) * GROUP)
 
 
 def test_blocks_come_one_by_one():
@@ -281,6 +301,21 @@ def test_modes_and_gradients_come_back():
     assert torch.equal(model.norm.running_mean, running)
     assert torch.is_grad_enabled()
     model(random_clicks([2] * 20, 30)).sum().backward()
+    assert model.first.weight.grad.abs().sum() > 0
+
+
+def test_what_a_model_keeps_from_evaluation_serves_training():
+    class Keeping(Linear):
+        kept = None
+
+        def forward(self, clicks):
+            if self.kept is None:
+                self.kept = torch.ones(clicks.n_items) / clicks.n_items
+            return super().forward(clicks) * self.kept
+
+    model, clicks = Keeping(30), random_clicks([2] * 20, 30)
+    recommend(model, clicks, k=2)
+    model(clicks).sum().backward()
     assert model.first.weight.grad.abs().sum() > 0
 
 
@@ -477,6 +512,29 @@ def test_without_a_vocabulary_the_indices_are_written(tmp_path):
     ]
     write_recommendations(tmp_path / "top.csv", [7, 8], found, items=["a", "b", "c"])
     assert (tmp_path / "top.csv").read_text().splitlines()[3] == "8,1,a,0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("TOP.CSV", "user,rank,item,score\r\nÄ,1,ü,0.1\r\n"),
+        ("Top.JsonL", '{"user": "Ä", "items": ["ü"], "scores": [0.1]}\n'),
+    ],
+    ids=["csv", "jsonl"],
+)
+def test_text_is_utf8_with_the_shortest_scores(tmp_path, name, content):
+    found = Recommendations(torch.tensor([[0]]), torch.tensor([[0.1]]), ["ü"])
+    write_recommendations(tmp_path / name, ["Ä"], found)
+    assert (tmp_path / name).read_bytes() == content.encode()
+
+
+def test_items_come_before_the_vocabulary_and_each_block_has_its_own(tmp_path):
+    item, score = torch.tensor([[0]]), torch.tensor([[0.5]])
+    blocks = [Recommendations(item, score, names) for names in (["a"], ["b"], None, ["c"])]
+    for items, expected in ((None, ["a", "b", "0", "c"]), (["z"], ["z"] * 4)):
+        write_recommendations(tmp_path / "top.csv", range(4), blocks, items)
+        with open(tmp_path / "top.csv", newline="") as file:
+            assert [row["item"] for row in csv.DictReader(file)] == expected
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
