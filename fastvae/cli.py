@@ -250,10 +250,8 @@ def recommend(
     n = write_recommendations(output, user_ids, _counting_empty(blocks, n_empty), vocabulary)
     out.print(f"wrote the top {k} of {n:,} users to {output}", highlight=False, soft_wrap=True)
     if sum(n_empty):
-        err.print(
-            f"{sum(n_empty):,} users have no recommendation: their history holds every item of the model",
-            highlight=False,
-            soft_wrap=True,
+        _note(
+            f"{sum(n_empty):,} users have no recommendation: their history holds every item of the model"
         )
 
 
@@ -289,10 +287,8 @@ def show_dataset(dataset: Dataset) -> None:
     """Print what became of every event."""
     joined = dataset.info["source"].get("lines_joined_by_quotes", 0)
     if joined:
-        err.print(
-            f"{joined:,} line ends lie inside double quotes and were read as part of an id; look for a stray quote",
-            highlight=False,
-            soft_wrap=True,
+        _note(
+            f"{joined:,} line ends lie inside double quotes and were read as part of an id; look for a stray quote"
         )
     table = Table("events", "number", box=None)
     table.columns[1].justify = "right"
@@ -300,10 +296,8 @@ def show_dataset(dataset: Dataset) -> None:
         table.add_row(text, f"{n:,}")
     odd = dataset.info["source"].get("kept_without_a_number", 0)
     if odd:
-        err.print(
-            f"{odd:,} events have a rating that is not a number and were kept as clicks; with --min-rating they would be dropped",
-            highlight=False,
-            soft_wrap=True,
+        _note(
+            f"{odd:,} events have a rating that is not a number and were kept as clicks; with --min-rating they would be dropped"
         )
     out.print(table)
     sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
@@ -326,6 +320,11 @@ def show_results(results: dict[str, Evaluation]) -> None:
     out.print(
         f"{first.n_evaluated:,} users evaluated, {first.n_skipped:,} skipped", highlight=False
     )
+
+
+def _note(text: str) -> None:
+    """A line on stderr, of what a user should know and need not mend."""
+    err.print(text, highlight=False, soft_wrap=True)
 
 
 def _heldout(text: str) -> float:
@@ -396,11 +395,9 @@ def _warn_of_other_split(run: Path, data: Dataset) -> None:
     if not (folder / "config.json").is_file():
         return
     if read_config(folder).get("train") != data.train.fingerprint():
-        err.print(
+        _note(
             f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
-            "those measured here",
-            highlight=False,
-            soft_wrap=True,
+            "those measured here"
         )
 
 
@@ -408,7 +405,7 @@ def _say_what_was_dropped(log: Events) -> None:
     dropped = [f"{n:,} with {DROPPED[why]}" for why, n in log.info["dropped"].items() if n]
     if dropped:
         text = f"of {log.info['n_events']:,} events, dropped {'; '.join(dropped)}"
-        err.print(text, highlight=False, soft_wrap=True)
+        _note(text)
 
 
 def _saying_where_it_stopped(train_it: Any, *arguments: Any, **settings: Any) -> Any:
@@ -426,11 +423,9 @@ def _in_vocabulary(x: Clicks, item_ids: Any, vocabulary: list[str]) -> Clicks:
     known, n_unknown = map_items(x, item_ids, vocabulary)
     if n_unknown:
         n_empty = int((known.row_lengths() == 0).sum())
-        err.print(
+        _note(
             f"{n_unknown:,} of {x.nnz:,} clicks are on items that the model does not know and are ignored; "
-            f"{n_empty:,} users have no other",
-            highlight=False,
-            soft_wrap=True,
+            f"{n_empty:,} users have no other"
         )
     return known
 

@@ -651,12 +651,16 @@ def test_the_model_has_its_best_weights_even_where_the_curve_cannot_be_drawn(tmp
     assert_equal_weights(weights(again), weights(best))
 
 
-def test_a_run_that_died_before_its_first_checkpoint_is_started_anew(tmp_path):
-    train, _ = learnable()
-    run = tmp_path / "run"
+def fit_that_died_before_a_checkpoint(train, run):
     fit(model(), train, epochs=1, run_dir=run)
     for name in ("last.pt", "curve.png"):
         (run / name).unlink()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_started_anew(tmp_path):
+    train, _ = learnable()
+    run = tmp_path / "run"
+    fit_that_died_before_a_checkpoint(train, run)
     (run / ".last.pt.12.tmp").write_text("half")
     fit(model(), train, epochs=2, run_dir=run)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -670,9 +674,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_anew(tmp_path):
 def test_a_foreign_file_beside_our_config_is_left_alone(tmp_path):
     train, _ = learnable()
     run = tmp_path / "run"
-    fit(model(), train, epochs=1, run_dir=run)
-    for name in ("last.pt", "curve.png"):
-        (run / name).unlink()
+    fit_that_died_before_a_checkpoint(train, run)
     (run / "thesis.txt").write_text("mine")
     with pytest.raises(
         ValueError, match=r"must be a new or empty folder, got .* with thesis\.txt in it"
