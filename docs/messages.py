@@ -35,6 +35,7 @@ CAUSES = {
     "export.py": "Writing recommendations",
     "events.py": "Click logs",
     "data.py": "Splits and dataset folders",
+    "_checks.py": "Arguments of every function",
     "_files.py": "Files of a dataset folder",
     "synthetic.py": "Made-up clicks",
     "cli.py": "The command",
