@@ -31,15 +31,16 @@ def check_number(
     """value as a finite float in [low, high), or in (low, high) where above is true."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-    fits = (low < value if above else low <= value) and value < high and math.isfinite(value)
-    if not fits:
+    number = float(value)
+    fits = (low < number if above else low <= number) and number < high
+    if not fits or not math.isfinite(number):
         expected = "be a finite number"
         if high < math.inf:
             expected = f"lie in {'(' if above else '['}{low:g}, {high:g})"
         elif low > -math.inf:
             expected += f" above {low:g}" if above else f" of at least {low:g}"
         raise ValueError(f"{where}: {name} must {expected}, got {value}")
-    return float(value)
+    return number
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Sequence[str]) -> str:
