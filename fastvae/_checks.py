@@ -17,12 +17,13 @@ def check_integer(where: str, name: str, value: Any, low: int = 0, high: int | N
     """value as an int of at least low, and below high where that is given."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{where}: {name} must be a whole number, got {value!r}")
-    if value < low or (high is not None and value >= high):
+    number = int(value)
+    if number < low or (high is not None and number >= high):
         exponent = 0 if high is None else high.bit_length() - 1
         bound = f"2**{exponent}" if high == 2**exponent else high
-        expected = f"be at least {low}" if value < low else f"lie below {bound}"
+        expected = f"be at least {low}" if number < low else f"lie below {bound}"
         raise ValueError(f"{where}: {name} must {expected}, got {value}")
-    return int(value)
+    return number
 
 
 def check_number(
