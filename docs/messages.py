@@ -32,6 +32,7 @@ CAUSES = {
     "checkpoint.py": "Checkpoints",
     "evaluate.py": "Evaluation",
     "recommend.py": "Recommendation",
+    "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",
     "events.py": "Click logs",
     "data.py": "Splits and dataset folders",

@@ -6,7 +6,7 @@
 
 The model sees the fold-in clicks of a user and ranks all other items. Ties go to the lower item index, so a model
 that gives every item the same score is not rewarded. Neither scores nor held-out clicks are ever sorted or
-densified in full: the k best items come from recommend.top_k and are looked up in the held-out CSR.
+densified in full: the k best items come from ranking.top_k and are looked up in the held-out CSR.
 Source: Liang et al. 2018, section 4.2; NDCG_binary_at_k_batch and Recall_at_k_batch of its code (vae_cf).
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .clicks import Clicks
-from .recommend import BlockScorer, check_model, device_of, entries, top_k
+from .ranking import BlockScorer, check_model, device_of, entries, top_k
 
 METRICS = ("ndcg@100", "recall@20", "recall@50")  # what the paper's tables report
 _UNIT = 2**40  # discounts are summed as integers of this unit: exact, so in any order the same

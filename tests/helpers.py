@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastvae.clicks import Clicks
 
@@ -10,6 +11,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     KERNEL_DTYPES.append(torch.bfloat16)
+
+
+class Fixed(nn.Module):
+    """Gives every user the same logits: a view of its own tensor, as careless models do."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.n_items = len(logits)
+        self.register_buffer("logits", torch.tensor(logits, dtype=torch.float32))
+        self.batches = []
+
+    def forward(self, clicks):
+        self.batches.append(clicks)
+        return self.logits.expand(clicks.n_users, -1)
 
 
 def assert_as_accurate_as_torch(actual, same_dtype, truth, slack=2.0, floor=1e-5):

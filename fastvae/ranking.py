@@ -1,0 +1,203 @@
+"""Ranking: the k best items of each user, from scores of blocks of users in bounded memory.
+
+    scores[u, i] = -inf where user u has clicked item i, else logits[u, i]
+    items[u]     = the k items of highest score, the lower item index first where scores are equal
+
+Every step is a plain torch op on the model's device. recommend.py and evaluate.py rank with these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .clicks import Clicks
+
+# all buffers of a block of users together, where no block size is given
+BLOCK_BYTES = 2**29
+# items whose maximum stands for them in the first pass of top_k
+GROUP = 32
+# rows a model is called with at least: below 8, CPU matrix products round otherwise
+MIN_ROWS = 16
+_MAX_ITEM = 2**31 - 1
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores of each row and their items, best first; of equal scores the lower item first.
+
+    >>> values, items = top_k(torch.tensor([[0.5, 2.0, 0.5, -float("inf")]]), 4)
+    >>> items.tolist()
+    [[1, 0, 2, -1]]
+
+    scores   [n_users, n_items] fp32; items of score -inf are left out; a NaN counts as highest
+    k        int >= 1; cut to n_items
+    returns  values [n_users, k] fp32, -inf where there is no item left; items [n_users, k] int64, -1 there
+
+    The order is exact, whatever torch.topk does with equal scores: it sorts int64 keys of score and item, which
+    are all different. To keep that cheap the keys are built for few items only: the k best groups of 32 items,
+    by their best item, hold the k best items.
+    """
+    n_users, width = scores.shape
+    k = min(k, width)
+    if n_users == 0 or k == 0:
+        return scores.new_empty(n_users, k), torch.empty_like(scores[:, :k], dtype=torch.int64)
+    items = torch.arange(width, device=scores.device)
+    if _n_keys(width, k) < width:
+        scores, items = _candidates(scores, k)
+    keys = torch.topk(_keys(scores, items), k, dim=1).values
+    values, items = _scores_of(keys), _items_of(keys)
+    return values, items.masked_fill_(values == -torch.inf, -1)
+
+
+def _n_keys(width: int, k: int) -> int:
+    """How many keys top_k builds for a row: groups and candidates, or all items where that saves too little."""
+    grouped = width // GROUP + k * GROUP
+    return grouped if grouped <= width // 2 else width
+
+
+def _candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and items [n_users, k * GROUP] of the k groups with the best items."""
+    if scores.shape[1] % GROUP:
+        scores = nn.functional.pad(scores, (0, -scores.shape[1] % GROUP), value=-torch.inf)
+    n_users, n_groups = len(scores), scores.shape[1] // GROUP
+    groups = scores.reshape(-1, GROUP)
+    number = torch.arange(max(n_users, n_groups), device=scores.device)
+    best = groups.amax(1).view(n_users, n_groups)
+    chosen = _items_of(torch.topk(_keys(best, number[:n_groups]), k, dim=1).values)
+    rows = (chosen + number[:n_users, None] * n_groups).view(-1)
+    items = chosen[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)
+    return groups.index_select(0, rows).view(n_users, -1), items.view(n_users, -1)
+
+
+def _keys(scores: Tensor, items: Tensor) -> Tensor:
+    """int64 keys in the order of top_k: the sortable bits of the score above, the item, reversed, below."""
+    # + 0.0 makes -0.0 equal to 0.0
+    bits = (scores + 0.0).view(torch.int32)
+    # negative floats sort backwards
+    bits ^= (bits >> 31).bitwise_and_(_MAX_ITEM)
+    # these bits are a NaN, above inf
+    keys = bits.masked_fill_(scores.isnan(), _MAX_ITEM).long()
+    keys <<= 32
+    keys |= _MAX_ITEM - items
+    return keys
+
+
+def _items_of(keys: Tensor) -> Tensor:
+    return _MAX_ITEM - (keys & 0xFFFFFFFF)
+
+
+def _scores_of(keys: Tensor) -> Tensor:
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & _MAX_ITEM)).view(torch.float32)
+
+
+# scores of blocks of users
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards each module has its own training flag back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # not inference_mode: what a model keeps from a call (a cast, a transpose) must serve training later
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_model(name: str, model: Any) -> None:
+    """TypeError unless model is a torch module that says its n_items."""
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "n_items", None), int):
+        got = type(model).__name__
+        raise TypeError(
+            f"{name}: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
+        )
+
+
+def device_of(model: nn.Module, default: torch.device) -> torch.device:
+    """Device of the model's first parameter or buffer; default for a model without any."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), default)
+
+
+class BlockScorer:
+    """Masked scores of consecutive users, in one buffer that every block reuses.
+
+    model      called with block_size rows of clicks, the last time with fewer, but at least MIN_ROWS; gives
+               logits, or a tuple that starts with them
+    clicks     [n_users, n_items], on the model's device
+    k          how many items will be ranked, for the default block size
+    block_size rows a block, or None for as many as fit in BLOCK_BYTES
+    keep_seen  leave the clicked items in
+
+    scores(start) gives rows start .. start + block_size as [n, width] fp32, valid until the next call; width is
+    n_items rounded up to a multiple of GROUP, and the columns beyond n_items are -inf.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clicks: Clicks,
+        k: int,
+        block_size: int | None,
+        keep_seen: bool = False,
+    ):
+        width = -(-clicks.n_items // GROUP) * GROUP
+        if block_size is None:
+            # logits and scores; keys with their temporaries; what evaluation holds for each rank
+            row_bytes = 8 * width + 24 * _n_keys(width, k) + 64 * k
+            block_size = max(MIN_ROWS, BLOCK_BYTES // max(1, row_bytes))
+        self.model, self.clicks, self.keep_seen = model, clicks.compact(), keep_seen
+        self.block_size = min(block_size, max(1, clicks.n_users))
+        # read once, so that no block has to ask the device
+        self.offsets = self.clicks.indptr.cpu().numpy()
+        self.buffer = torch.full((self.block_size, width), -torch.inf, device=clicks.device)
+
+    @property
+    def starts(self) -> range:
+        """First row of each block."""
+        return range(0, self.clicks.n_users, self.block_size)
+
+    def scores(self, start: int) -> Tensor:
+        """Masked scores of the block that begins at row start."""
+        stop = min(start + self.block_size, self.clicks.n_users)
+        scores = self.buffer[: stop - start]
+        # copied, not masked in place: the logits may be the model's own tensor
+        scores[:, : self.clicks.n_items] = self._logits(start, stop)
+        if not self.keep_seen:
+            users, items = entries(self.clicks, self.offsets, start, stop)
+            # a Python number would be copied to a GPU, and waited for
+            scores.index_put_((users, items), scores.new_full((), -torch.inf))
+        return scores
+
+    def _logits(self, start: int, stop: int) -> Tensor:
+        rows = torch.arange(start, max(stop, start + MIN_ROWS), device=self.clicks.device)
+        batch = self.clicks.rows(rows.clamp_(max=stop - 1))
+        with _evaluating(self.model):
+            output = self.model(batch)
+        logits = output[0] if isinstance(output, tuple) else output
+        if logits.shape != batch.shape:
+            raise ValueError(
+                f"model: logits must have shape {list(batch.shape)}, got {list(logits.shape)}"
+            )
+        return logits[: stop - start]
+
+
+def entries(clicks: Clicks, offsets: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Row (counted from start) and item of each click in rows start .. stop; int64, in order.
+
+    clicks   with arrays of its own (compact)
+    offsets  clicks.indptr on the host, so that nothing here waits for a GPU
+    """
+    first, last = int(offsets[start]), int(offsets[stop])
+    lengths = clicks.indptr[start + 1 : stop + 1] - clicks.indptr[start:stop]
+    rows = torch.repeat_interleave(lengths, output_size=last - first)
+    return rows, clicks.indices[first:last].long()
