@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
 from .ops._checks import sum_dtype
-from .reference import kld as kl_divergence
 
 NORMALIZE = ("none", "clicks")
 
@@ -242,7 +241,7 @@ class MultiVAE(_MultiModel):
         """z [n_users, n_latent] and kld [n_users] in fp32, or in fp64 where the model is."""
         z, mu, logvar = self._sample(x)
         total = sum_dtype(mu.dtype)
-        return z, kl_divergence(mu.to(total), logvar.to(total))
+        return z, _kld(mu.to(total), logvar.to(total))
 
     def forward(
         self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
@@ -315,7 +314,11 @@ def vae_loss_fn(
         nll = multinomial_nll(out, inp)
     else:
         nll = -(F.log_softmax(out, dim=1) * inp).sum(1)
-    return _mean_loss(nll, kl_divergence(mu, logvar), anneal)
+    return _mean_loss(nll, _kld(mu, logvar), anneal)
+
+
+def _kld(mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
 
 
 def _mean_loss(nll: Tensor, kld: Tensor, beta: float | Tensor) -> Tensor:
