@@ -25,6 +25,7 @@ REASONS = {
 }
 CAUSES = {
     "clicks.py": "Click matrices",
+    "_csr.py": "Arrays of a click matrix",
     "ops/": "The ops",
     "models.py": "Models",
     "train.py": "Training",

@@ -16,12 +16,13 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from ._csr import canonical, check_csr, index_array, size_of, value_array
+
 _ACCEPTED = "a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks"
 _SPARSE_DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
 )  # fmt: skip
-VALUE_RANGE = 1e-12, 1e12  # the squares of a row and their sum stay within fp32
 
 
 class Clicks:
@@ -47,11 +48,11 @@ class Clicks:
     """
 
     def __init__(self, indptr: Any, indices: Any, values: Any = None, n_items: int | None = None):
-        indptr, indices = _index_array("indptr", indptr), _index_array("indices", indices)
-        values = None if values is None else _value_array(values)
-        n_items = _size("items", indices, n_items)
-        _check_csr(indptr, indices, values, n_items)
-        indptr, indices, values = _canonical(indptr, indices, values, n_items)
+        indptr, indices = index_array("indptr", indptr), index_array("indices", indices)
+        values = None if values is None else value_array(values)
+        n_items = size_of("items", indices, n_items)
+        check_csr(indptr, indices, values, n_items)
+        indptr, indices, values = canonical(indptr, indices, values, n_items)
         self._set(
             torch.from_numpy(indptr.astype(np.int64)),
             torch.from_numpy(indices.astype(np.int32)),
@@ -94,7 +95,7 @@ class Clicks:
             got = type(x).__name__ + (f" of {x.ndim} dimensions" if hasattr(x, "ndim") else "")
             raise TypeError(f"Clicks: x must be {_ACCEPTED}, got {got}")
         if is_array:
-            _value_array(x[:0])  # refuses what are no numbers
+            value_array(x[:0])  # refuses what are no numbers
             x = x.astype(np.float32) if x.dtype == np.float16 else x  # which scipy does not have
         coo: Any = sp.coo_array(x)  # type: ignore[arg-type]
         return cls._from_coo(coo.row, coo.col, coo.data, coo.shape)
@@ -146,12 +147,12 @@ class Clicks:
         largest index plus one. Raises: ValueError for lengths that differ or an index out of range; ids of another
         kind, or with wide gaps, have to be numbered first (fastvae.data does).
         """
-        users, items = _index_array("users", users), _index_array("items", items)
+        users, items = index_array("users", users), index_array("items", items)
         if users.shape != items.shape:
             raise ValueError(
                 f"Clicks: users and items must be equally long, got {len(users)} and {len(items)}"
             )
-        n_users, n_items = _size("users", users, n_users), _size("items", items, n_items)
+        n_users, n_items = size_of("users", users, n_users), size_of("items", items, n_items)
         if len(users) and not 0 <= users.min() <= users.max() < n_users:
             bad = users.min() if users.min() < 0 else users.max()
             raise ValueError(f"Clicks: users must lie in [0, {n_users}), got {bad}")
@@ -231,7 +232,8 @@ class Clicks:
     def rows(self, ids: Any) -> Clicks:
         """Rows ids (any order, repeats allowed) as a view that shares the arrays; nothing is copied.
 
-        ids  [n] integers in [0, n_users); a row that comes twice has the same dropout mask twice. Their range is checked on the CPU; on a GPU that would make the host wait.
+        ids  [n] integers in [0, n_users); a row that comes twice has the same dropout mask twice. Their range is
+             checked on the CPU; on a GPU that would make the host wait.
         Raises: ValueError for ids out of range, TypeError for ids that are not integers.
         """
         try:
@@ -315,106 +317,3 @@ def gather_rows(indptr: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 def dtype_name(dtype: torch.dtype) -> str:
     """'float32' for torch.float32."""
     return str(dtype).removeprefix("torch.")
-
-
-def _host(array: Any) -> np.ndarray:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = array.double() if array.dtype in (torch.bfloat16, torch.float16) else array
-        return array.numpy()
-    return np.asarray(array)
-
-
-def _index_array(name: str, array: Any) -> np.ndarray:
-    array = _host(array)
-    if array.ndim != 1:
-        raise ValueError(f"Clicks: {name} must have 1 dimension, got {array.ndim}")
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"Clicks: {name} must be integers, got {array.dtype}")
-    if array.dtype == np.uint64 and len(array) and array.max() >= 2**63:
-        raise ValueError(f"Clicks: {name} must lie below 2**63, got {array.max()}")
-    return array.astype(np.int64, copy=False)
-
-
-def _value_array(array: Any) -> np.ndarray:
-    array = _host(array)
-    if array.dtype.kind not in "iufb":
-        raise TypeError(f"Clicks: values must be real numbers, got {array.dtype}")
-    # float64 before any sum: sums of uint8 wrap at 256, of float16 overflow at 65504
-    return array.astype(np.float64, copy=False)
-
-
-def _size(name: str, ids: np.ndarray, size: int | None) -> int:
-    """n_users or n_items: as given, or the largest id plus one."""
-    if size is None:
-        size = max(int(ids.max()) + 1, 1) if len(ids) else 0
-    if not isinstance(size, int | np.integer) or isinstance(size, bool):
-        raise TypeError(f"Clicks: n_{name} must be a whole number, got {size!r}")
-    if not 0 <= size < 2**31:
-        raise ValueError(
-            f"Clicks: n_{name} must lie in [0, 2**31), got {size}; number the {name} from 0 without gaps"
-        )
-    return int(size)
-
-
-def _check_csr(
-    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, n_items: int
-) -> None:
-    if len(indptr) == 0 or indptr[0] != 0:
-        raise ValueError(f"Clicks: indptr must start with 0, got {indptr[:1].tolist()}")
-    steps = np.diff(indptr)
-    if len(steps) and steps.min() < 0:
-        row = int(np.argmax(steps < 0))
-        raise ValueError(
-            f"Clicks: indptr must not decrease, got {indptr[row]} then {indptr[row + 1]} at row {row}"
-        )
-    if indptr[-1] != len(indices):
-        raise ValueError(
-            f"Clicks: indptr must end with the number of indices {len(indices)}, got {indptr[-1]}"
-        )
-    _check_entries(
-        indptr, "indices", indices, (indices < 0) | (indices >= n_items), f"lie in [0, {n_items})"
-    )
-    if values is not None:
-        if values.shape != indices.shape:
-            raise ValueError(
-                f"Clicks: values must have shape [{len(indices)}], got {list(values.shape)}"
-            )
-        _check_entries(indptr, "values", values, ~np.isfinite(values), "be finite")
-        _check_entries(indptr, "values", values, values < 0, "not be negative")
-        _check_range(indptr, values)
-
-
-def _check_range(indptr: np.ndarray, values: np.ndarray) -> None:
-    low, high = VALUE_RANGE
-    outside = (values > 0) & (values < low) | (values > high)
-    _check_entries(indptr, "values", values, outside, f"be 0 or lie in [{low:g}, {high:g}]")
-
-
-def _check_entries(indptr, name: str, array, wrong, expected: str) -> None:
-    if wrong.any():
-        n = int(np.argmax(wrong))
-        row = int(np.searchsorted(indptr, n, side="right")) - 1
-        raise ValueError(
-            f"Clicks: {name} must {expected}, got {array[n]} at row {row}, position {n}"
-        )
-
-
-def _canonical(indptr, indices, values, n_items):
-    if values is not None and (values == 0).any():
-        keep = values != 0
-        indptr = np.concatenate(([0], np.cumsum(keep)))[indptr]
-        indices, values = indices[keep], values[keep]
-    users = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    same_row = users[1:] == users[:-1]
-    if not ((indices[1:] > indices[:-1]) | ~same_row).all():
-        data = np.ones(len(indices)) if values is None else values
-        csr = sp.csr_array((data, indices, indptr), shape=(len(indptr) - 1, n_items))
-        csr.sum_duplicates()
-        indptr, indices, values = csr.indptr, csr.indices, csr.data
-        _check_range(indptr, values)
-    if values is not None and (values == 1).all():
-        values = None
-    return indptr, indices, values

@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_catalogue, check_clicks, check_integer
 from .clicks import Clicks
 from .ranking import BlockScorer, check_model, device_of, entries, top_k
 
-METRICS = ("ndcg@100", "recall@20", "recall@50")  # what the paper's tables report
-_UNIT = 2**40  # discounts are summed as integers of this unit: exact, so in any order the same
+# what the paper's tables report
+METRICS = ("ndcg@100", "recall@20", "recall@50")
+# discounts are summed as integers of this unit: exact, so in any order the same
+_UNIT = 2**40
 
 
 def ndcg_at_k(scores: Tensor, held_out: Any, k: int) -> Tensor:
@@ -44,7 +47,8 @@ def ndcg_at_k(scores: Tensor, held_out: Any, k: int) -> Tensor:
     k         int >= 1; above n_items it means n_items
     returns   [n_users] float64 in 0..1, nan for a user without held-out items; not differentiable
 
-    Raises: ValueError for shapes that differ, a k below 1, or scores of nan or inf; TypeError for scores that are not floats.
+    Raises: ValueError for shapes that differ, a k below 1, or scores of nan or inf; TypeError for scores that are
+    not floats.
     Source: NDCG_binary_at_k_batch of vae_cf; ties here go to the lower item index.
     """
     return _metric_at_k("ndcg", scores, held_out, k)
@@ -76,14 +80,14 @@ def _metric_at_k(kind: str, scores: Tensor, held_out: Any, k: int) -> Tensor:
         raise ValueError(
             f"{name}: scores must have shape {list(held_out.shape)} like held_out, got {list(scores.shape)}"
         )
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"{name}: k must be an int of at least 1, got {k!r}")
-    k = min(int(k), max(held_out.n_items, 1))
+    k = min(check_integer(name, "k", k, 1, None), max(held_out.n_items, 1))
     best, items = top_k(scores.detach().float(), k)
-    bad = int((~(best[:, :1] < torch.inf)).sum())  # a NaN ranks first, so it shows here
+    # a NaN ranks first, so it shows here
+    bad = int((~(best[:, :1] < torch.inf)).sum())
     if bad:
         raise ValueError(
-            f"{name}: scores must be finite, or -inf for items to leave out, got nan or inf for {bad} of {len(scores)} users"
+            f"{name}: scores must be finite, or -inf for items to leave out, "
+            f"got nan or inf for {bad} of {len(scores)} users"
         )
     offsets = held_out.indptr.cpu().numpy()
     hits = _hits(items, *entries(held_out, offsets, 0, held_out.n_users), held_out.n_items)
@@ -97,8 +101,10 @@ def _hits(items: Tensor, users: Tensor, held_items: Tensor, n_items: int) -> Ten
     items              [n_users, k]  ranked items, -1 for none
     users, held_items  [nnz]         the held-out clicks in order
     """
-    stride = n_items + 1  # item -1 maps to 0 within a user, where no held-out item is
-    last = torch.full((1,), len(items) * stride, device=items.device)  # beyond every search
+    # item -1 maps to 0 within a user, where no held-out item is
+    stride = n_items + 1
+    # beyond every search
+    last = torch.full((1,), len(items) * stride, device=items.device)
     keys = torch.cat([users * stride + held_items + 1, last])
     wanted = torch.arange(len(items), device=items.device)[:, None] * stride + items + 1
     return keys[torch.searchsorted(keys, wanted)] == wanted
@@ -183,9 +189,9 @@ def evaluate(
     progress    called after each block with the number of users done
     returns     Evaluation; users with an empty row in fold_in or held_out are skipped and counted
 
-    A GPU is waited for before the first block and after the last, not between. Raises: ValueError for a metric's name, for sizes
-    that do not fit, without evaluable users, or for scores that are not finite. Warns where a held-out click is in fold_in
-    too: it cannot be found.
+    A GPU is waited for before the first block and after the last, not between. Warns where a held-out click is in
+    fold_in too: it cannot be found. Raises: ValueError for a metric's name, for sizes that do not fit, without
+    evaluable users, or for scores that are not finite; TypeError for other kinds of argument.
     Source: Liang et al. 2018, section 4.2 and 4.3.
     """
     fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
@@ -237,16 +243,17 @@ def _user_values(model, fold_in, held_out, wanted, block_size, progress) -> Tens
         stop = start + len(items)
         hits = _hits(items, *entries(held_out, offsets, start, stop), n_items)
         out[:-1, start:stop] = to_values(hits, n_held_out[start:stop])
-        out[-1, start:stop] = ~(best[:, 0] < torch.inf)  # a NaN ranks first, so it shows here
+        # a NaN ranks first, so it shows here
+        out[-1, start:stop] = ~(best[:, 0] < torch.inf)
         if progress is not None:
             progress(stop)
     return out
 
 
 def _parse(name: str) -> tuple[str, int]:
-    match = (
-        re.fullmatch(r"(ndcg|recall)@([1-9][0-9]{0,8})", name) if isinstance(name, str) else None
-    )
+    if not isinstance(name, str):
+        raise TypeError(f"evaluate: metrics must be names such as 'ndcg@100', got {name!r}")
+    match = re.fullmatch(r"(ndcg|recall)@([1-9][0-9]{0,8})", name)
     if match is None:
         raise ValueError(
             f"evaluate: metrics must be names like 'ndcg@100' or 'recall@20', got {name!r}"
@@ -255,7 +262,7 @@ def _parse(name: str) -> tuple[str, int]:
 
 
 def _check(model, fold_in, held_out, names, block_size) -> None:
-    check_model("evaluate", model)
+    n_items = check_model("evaluate", model)
     if not names:
         raise ValueError("evaluate: metrics must name at least one metric, got none")
     if fold_in.shape != held_out.shape:
@@ -263,14 +270,9 @@ def _check(model, fold_in, held_out, names, block_size) -> None:
             f"evaluate: held_out must have shape {list(fold_in.shape)} like fold_in, "
             f"got {list(held_out.shape)}"
         )
-    if fold_in.n_items != model.n_items:
-        raise ValueError(
-            f"evaluate: fold_in must have {model.n_items} items like the model, got {fold_in.n_items}"
-        )
-    if block_size is not None and (
-        not isinstance(block_size, int | np.integer) or not 1 <= block_size < 2**31
-    ):
-        raise ValueError(f"evaluate: block_size must be an int in [1, 2**31), got {block_size!r}")
+    check_catalogue("evaluate", "fold_in", fold_in, n_items)
+    if block_size is not None:
+        check_integer("evaluate", "block_size", block_size, 1)
 
 
 def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:
@@ -280,7 +282,8 @@ def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:
         torch.repeat_interleave(x.row_lengths(), output_size=len(x.indices)) * n_items + x.indices
         for x in (fold_in, held_out)
     )
-    last = torch.full((1,), len(fold_in) * n_items, device=folded.device)  # beyond every search
+    # beyond every search
+    last = torch.full((1,), len(fold_in) * n_items, device=folded.device)
     folded = torch.cat([folded, last])
     return (folded[torch.searchsorted(folded, held)] == held).sum()
 
@@ -310,6 +313,7 @@ class Popularity(nn.Module):
 
     def __init__(self, train: Clicks):
         super().__init__()
+        check_clicks("Popularity", "train", train)
         self.n_items = train.n_items
         counts = torch.bincount(train.compact().indices, minlength=train.n_items)
         self.register_buffer("counts", counts.float())

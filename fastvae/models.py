@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import check_catalogue
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
 from .ops._checks import sum_dtype
@@ -134,9 +135,10 @@ def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
 
 
 class _MultiModel(nn.Module):
-    """What the two models share; encode_latent and forward differ."""
+    """What the two models share; latent and forward differ."""
 
-    two_heads: bool  # whether the encoder gives mu and logvar
+    # whether the encoder gives mu and logvar
+    two_heads: bool
 
     def __init__(
         self,
@@ -168,21 +170,16 @@ class _MultiModel(nn.Module):
         raise NotImplementedError
 
     def loss_terms(self, clicks: Clicks, normalize: str = "none") -> tuple[Tensor, Tensor]:
-        """nll and kld of each user, both [n_users] in nats, fp32 (fp64 in an fp64 model); loss is mean(nll + beta * kld).
+        """nll and kld of each user, both [n_users] in nats, fp32 (fp64 in an fp64 model).
 
+        loss is mean(nll + beta * kld).
         normalize="clicks" divides both by the user's clicks N_u (a user without clicks counts 0).
         """
         if normalize not in NORMALIZE:
             raise ValueError(
                 f"loss: normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}"
             )
-        if not isinstance(clicks, Clicks):
-            got = type(clicks).__name__
-            raise TypeError(f"loss: clicks must be Clicks, got {got}; pass Clicks.from_matrix(x)")
-        if clicks.n_items != self.n_items:
-            raise ValueError(
-                f"loss: clicks must have the model's {self.n_items} items, got {clicks.n_items}"
-            )
+        check_catalogue("loss", "clicks", clicks, self.n_items)
         z, kld = self.latent(clicks)
         hidden, last = self.decode.hidden(z), self.decode.output
         nll = linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
@@ -218,7 +215,8 @@ class MultiVAE(_MultiModel):
     >>> logits.shape, mu.shape
     (torch.Size([2, 100]), torch.Size([2, 8]))
 
-    p_dims       decoder widths, latent first, n_items last: [200, 600, n_items] in the paper; [200, n_items] has no hidden layer
+    p_dims       decoder widths, latent first, n_items last: [200, 600, n_items] in the paper; [200, n_items] has no
+                 hidden layer
     dropout_enc  dropout in front of each encoder layer, default 0.5 on the clicks and 0 elsewhere
     dropout_dec  dropout in front of each decoder layer, default 0
     q_dims       encoder widths, n_items first; default p_dims reversed
@@ -304,7 +302,8 @@ def vae_loss_fn(
             )
     if not (len(mu) == len(out) and logvar.shape == mu.shape):
         raise ValueError(
-            f"vae_loss_fn: mu and logvar must have one shape [{len(out)}, n_latent], got {list(mu.shape)} and {list(logvar.shape)}"
+            f"vae_loss_fn: mu and logvar must have one shape [{len(out)}, n_latent], "
+            f"got {list(mu.shape)} and {list(logvar.shape)}"
         )
     if inp.shape != out.shape:
         raise ValueError(

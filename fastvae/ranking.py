@@ -114,13 +114,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_model(name: str, model: Any) -> None:
-    """TypeError unless model is a torch module that says its n_items."""
-    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "n_items", None), int):
+def check_model(where: str, model: Any) -> int:
+    """The model's n_items; TypeError unless model is a torch module that says them."""
+    n_items = getattr(model, "n_items", None)
+    if not isinstance(model, nn.Module) or not isinstance(n_items, int):
         got = type(model).__name__
         raise TypeError(
-            f"{name}: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
+            f"{where}: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
         )
+    return n_items
 
 
 def device_of(model: nn.Module, default: torch.device) -> torch.device:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_catalogue, check_integer
 from .clicks import Clicks
 from .ranking import BlockScorer, check_model, device_of, top_k
 
@@ -135,19 +136,16 @@ def recommend_blocks(
     Arguments are checked at the call, before the first block. Between blocks the model is as it was before.
     Raises and Source: as recommend.
     """
-    _check_int("k", k)
+    k = check_integer("recommend", "k", k, 1)
     if block_size is not None:
-        _check_int("block_size", block_size)
-    check_model("recommend", model)
-    if items is not None and len(items) != model.n_items:
+        block_size = check_integer("recommend", "block_size", block_size, 1)
+    n_items = check_model("recommend", model)
+    if items is not None and len(items) != n_items:
         raise ValueError(
-            f"recommend: items must have {model.n_items} ids like the model, got {len(items)}"
+            f"recommend: items must have {n_items} ids like the model, got {len(items)}"
         )
     clicks, unknown = _histories(histories, items)
-    if clicks.n_items != model.n_items:
-        raise ValueError(
-            f"recommend: histories must have {model.n_items} items like the model, got {clicks.n_items}"
-        )
+    check_catalogue("recommend", "histories", clicks, n_items)
     clicks = clicks.to(device_of(model, clicks.device))
     return _blocks(BlockScorer(model, clicks, k, block_size, keep_seen), k, items, unknown)
 
@@ -206,12 +204,3 @@ def _index_of(items: Sequence[str]) -> dict[str, int]:
         again = next(item for position, item in enumerate(items) if index[str(item)] != position)
         raise ValueError(f"recommend: items must be distinct, got {str(again)!r} twice")
     return index
-
-
-def _check_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"recommend: {name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"recommend: {name} must be at least 1, got {value}")
-    if value >= 2**31:
-        raise ValueError(f"recommend: {name} must be below 2**31, got {value}")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ._checks import check_choice, check_integer, check_number
 from .clicks import Clicks
-from .events import indptr_of
 
 
 def synthetic_clicks(
@@ -24,27 +24,32 @@ def synthetic_clicks(
 ) -> Clicks:
     """Clicks of made-up users: exactly nnz distinct (user, item) pairs.
 
-    kind   "flat": items by popularity alone, for timing; "latent": users with tastes, so that there is something to learn
+    kind   "flat": items by popularity alone, for timing; "latent": users with tastes, so that there is something to
+           learn
     s, q   popularity of the item of rank r is proportional to (r + q)**-s (Zipf-Mandelbrot); q is by default 150 at
            ML-20M's 20,108 items and in proportion elsewhere
     sigma  spread of the log-normal activity of users, each with at least min_user_clicks
 
-    Returns Clicks [n_users, n_items]. Raises: ValueError for an nnz that does not fit.
+    Returns Clicks [n_users, n_items]. Raises: TypeError and ValueError for arguments that do not fit.
     """
+    where = "synthetic_clicks"
+    sizes = {"n_users": n_users, "n_items": n_items, "min_user_clicks": min_user_clicks}
+    for name, size in sizes.items():
+        check_integer(where, name, size)
+    check_choice(where, "kind", kind, ("flat", "latent"))
+    q = 150 * n_items / 20_108 if q is None else check_number(where, "q", q, 0)
+    check_number(where, "s", s)
+    check_number(where, "sigma", sigma, 0)
     low, high = min(min_user_clicks, n_items) * n_users, n_users * n_items
-    if kind not in ("flat", "latent"):
-        raise ValueError(f"synthetic_clicks: kind must be flat or latent, got {kind!r}")
-    if not low <= nnz <= high:
-        raise ValueError(f"synthetic_clicks: nnz must lie in [{low}, {high}], got {nnz}")
-    rng = np.random.default_rng(seed)
-    q = 150 * n_items / 20_108 if q is None else q
+    check_integer(where, "nnz", nnz, low, high + 1)
+    rng = np.random.default_rng(check_integer(where, "seed", seed, high=None))
     popularity = rng.permutation((np.arange(n_items) + 1.0 + q) ** -s)
     popularity /= popularity.sum()
     lengths = _activity(rng, n_users, n_items, nnz, sigma, min_user_clicks)
     draw = _flat_draw(rng, popularity) if kind == "flat" else _latent_draw(rng, popularity, n_users)
     pairs = _distinct_pairs(rng, lengths, popularity, draw)
-    users, items = np.divmod(pairs, n_items)
-    return Clicks(indptr_of(users, n_users), items, None, n_items)
+    indptr = np.searchsorted(pairs, np.arange(n_users + 1) * n_items)
+    return Clicks(indptr, pairs % max(n_items, 1), None, n_items)
 
 
 def _activity(rng, n_users: int, n_items: int, nnz: int, sigma: float, least: int) -> np.ndarray:
@@ -87,7 +92,7 @@ def _flat_draw(rng: np.random.Generator, popularity: np.ndarray) -> Draw:
 
 
 def _latent_draw(rng: np.random.Generator, popularity: np.ndarray, n_users: int) -> Draw:
-    """15% of the draws are global popularity; else a topic of the user, then an item of it, and 30% of those hop to a niche mate."""
+    """15% of the draws are global popularity; else a topic of the user and an item of it; 30% of those hop to a mate."""
     n_topics, niche_size, n_items = 20, 12, len(popularity)
     by_niche = rng.permutation(n_items)
     place = np.argsort(by_niche)

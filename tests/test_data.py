@@ -23,7 +23,6 @@ from fastvae import data, events
 from fastvae.clicks import Clicks
 from fastvae.data import Dataset, check_writable, map_items, split_dataset
 from fastvae.events import movielens_100k, read_events, read_titles
-from fastvae.synthetic import synthetic_clicks
 
 pl = pytest.importorskip("polars")
 # tmp_path is one folder for all examples of a test, which is what these tests want
@@ -1166,61 +1165,6 @@ def test_a_catalogue_of_319205_items_takes_little_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 500, "MiB; dense would be 77,000"
-
-
-# synthetic clicks
-
-
-@pytest.mark.parametrize("kind", ["flat", "latent"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param((300, 200, 6000), id="plain"),
-        pytest.param((40, 30, 1150), id="nearly-all-items"),
-        pytest.param((40, 30, 1200), id="all-items"),
-        pytest.param((40, 3, 120), id="fewer-items-than-the-minimum"),
-        pytest.param((0, 10, 0), id="no-users"),
-    ],
-)
-def test_synthetic_clicks_have_the_shape_asked_for(kind, shape):
-    n_users, n_items, nnz = shape
-    x = synthetic_clicks(*shape, seed=1, kind=kind)
-    assert x.shape == (n_users, n_items) and x.nnz == nnz and x.values is None
-    lengths = x.row_lengths()
-    assert (lengths >= min(5, n_items)).all() and (lengths <= n_items).all()
-    again = synthetic_clicks(*shape, seed=1, kind=kind)
-    assert again.indices.tolist() == x.indices.tolist()
-
-
-def test_flat_clicks_follow_the_popularity_asked_for():
-    n_items, nnz, s, q = 50, 40_000, 1.7, 10.0
-    x = synthetic_clicks(nnz, n_items, nnz, s=s, q=q, sigma=0.5, min_user_clicks=1)
-    expected = (np.arange(1, n_items + 1) + q) ** -s
-    expected *= nnz / expected.sum()
-    drawn = np.sort(np.bincount(x.indices, minlength=n_items))[::-1]
-    # one click a user: a multinomial draw, so the counts lie within a few square roots
-    assert (abs(drawn - expected) < 6 * np.sqrt(expected)).all()
-
-
-def test_latent_clicks_have_something_to_learn():
-    structure = {}
-    for kind in ("flat", "latent"):
-        x = synthetic_clicks(2000, 300, 60_000, kind=kind).to_scipy()
-        users, items = (1 / np.sqrt(x.sum(axis=axis)) for axis in (1, 0))
-        x = x * items * users[:, None]
-        spectrum = np.linalg.eigvalsh((x.T @ x).toarray())[::-1]
-        # the first value is 1, popularity; twenty topics show in the next nineteen
-        structure[kind] = spectrum[1:20].sum()
-    assert structure["latent"] > 1.5 * structure["flat"], structure
-
-
-def test_synthetic_clicks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError) as error:
-        synthetic_clicks(10, 20, 201)
-    assert str(error.value) == "synthetic_clicks: nnz must lie in [50, 200], got 201"
-    with pytest.raises(ValueError) as error:
-        synthetic_clicks(10, 20, 100, kind="dense")
-    assert str(error.value) == "synthetic_clicks: kind must be flat or latent, got 'dense'"
 
 
 # MovieLens-100K

@@ -280,7 +280,7 @@ def test_metric_names():
     single = evaluate(model, fold_in, held_out, "ndcg@10")
     twice = evaluate(model, fold_in, held_out, ["ndcg@10", "ndcg@10"])
     assert single == twice and list(single.mean) == ["ndcg@10"]
-    for name in ("map@10", "ndcg@0", "ndcg@", "ndcg@1.5", "NDCG@10", "ndcg@-1", "ndcg", 10):
+    for name in ("map@10", "ndcg@0", "ndcg@", "ndcg@1.5", "NDCG@10", "ndcg@-1", "ndcg"):
         with pytest.raises(ValueError) as raised:
             evaluate(model, fold_in, held_out, ["recall@5", name])
         assert str(raised.value) == (
@@ -342,10 +342,10 @@ def test_sizes_that_do_not_fit():
     cases = [
         ((three, four), "held_out must have shape [1, 3] like fold_in, got [1, 4]"),
         ((three, three.rows([0, 0])), "held_out must have shape [1, 3] like fold_in, got [2, 3]"),
-        ((four, four), "fold_in must have 3 items like the model, got 4"),
+        ((four, four), "fold_in must have the model's 3 items, got 4"),
         ((three, three, []), "metrics must name at least one metric, got none"),
-        ((three, three, "ndcg@1", 0), "block_size must be an int in [1, 2**31), got 0"),
-        ((three, three, "ndcg@1", 2.5), "block_size must be an int in [1, 2**31), got 2.5"),
+        ((three, three, "ndcg@1", 0), "block_size must be at least 1, got 0"),
+        ((three, three, "ndcg@1", 2**31), "block_size must lie below 2**31, got 2147483648"),
     ]
     for args, message in cases:
         with pytest.raises(ValueError) as raised:
@@ -407,13 +407,25 @@ def test_arguments_of_the_metrics():
     with pytest.raises(ValueError) as raised:
         ndcg_at_k(torch.zeros(2, 3), held_out, 1)
     assert str(raised.value) == "ndcg_at_k: scores must have shape [1, 3] like held_out, got [2, 3]"
-    for k in (0, -1, 1.0, True):
+    for k in (0, -1):
         with pytest.raises(ValueError) as raised:
             recall_at_k(scores, held_out, k)
-        assert str(raised.value) == f"recall_at_k: k must be an int of at least 1, got {k!r}"
+        assert str(raised.value) == f"recall_at_k: k must be at least 1, got {k}"
+    for k in (1.0, True):
+        with pytest.raises(TypeError) as raised:
+            recall_at_k(scores, held_out, k)
+        assert str(raised.value) == f"recall_at_k: k must be a whole number, got {k}"
+    with pytest.raises(TypeError) as raised:
+        evaluate(Scores(scores), held_out, held_out, block_size=2.5)
+    assert str(raised.value) == "evaluate: block_size must be a whole number, got 2.5"
+    with pytest.raises(TypeError, match=r"^Popularity: train must be Clicks, got Tensor; pass"):
+        Popularity(scores)
     assert ndcg_at_k(scores, held_out, 10**30) == ndcg_at_k(scores, held_out, 3)
-    with pytest.raises(TypeError, match=r"^evaluate: metrics must be names such as"):
-        evaluate(Scores(scores), held_out, held_out, metrics=None)
+    for metrics in (None, [10], 10):
+        with pytest.raises(
+            TypeError, match=r"^evaluate: metrics must be names such as 'ndcg@100', got"
+        ):
+            evaluate(Scores(scores), held_out, held_out, metrics=metrics)
     with pytest.raises(TypeError, match=r"^ndcg_at_k: scores must be a float tensor, got int64$"):
         ndcg_at_k(scores.long(), held_out, 1)
     with pytest.raises(TypeError, match=r"^ndcg_at_k: scores must be a float tensor, got ndarray$"):

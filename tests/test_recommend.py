@@ -242,12 +242,12 @@ EMPTY = Clicks([0, 0], [], n_items=2)
     ("error", "message", "args", "options"),
     [
         (ValueError, "k must be at least 1, got 0", (EMPTY, 0), {}),
-        (TypeError, "k must be an int, got float", (EMPTY, 2.0), {}),
-        (TypeError, "k must be an int, got bool", (EMPTY, True), {}),
+        (TypeError, "k must be a whole number, got 2.0", (EMPTY, 2.0), {}),
+        (TypeError, "k must be a whole number, got True", (EMPTY, True), {}),
         (ValueError, "block_size must be at least 1, got -1", (EMPTY,), {"block_size": -1}),
         (
             ValueError,
-            "histories must have 2 items like the model, got 5",
+            "histories must have the model's 2 items, got 5",
             (Clicks([0, 0], [], n_items=5),),
             {"items": ["a", "b"]},
         ),
