@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastvae import Clicks, MultiVAE, reference
 from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
+from fastvae.step import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam
 from fastvae.synthetic import synthetic_clicks
-from fastvae.train import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam
 
 BETA = 0.1
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench.machine import describe
 from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
+from fastvae.step import matmul_precision
 from fastvae.synthetic import synthetic_clicks
-from fastvae.train import matmul_precision
 
 N_HIDDEN = 600
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}

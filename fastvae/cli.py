@@ -24,7 +24,7 @@ from .events import DROPPED, Events, read_events
 from .export import write_recommendations
 from .models import MultiDAE, MultiVAE
 from .recommend import Recommendations, recommend_blocks
-from .run import read_config
+from .run_folder import read_config
 from .train import fit
 
 app = typer.Typer(

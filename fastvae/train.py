@@ -3,11 +3,7 @@
     beta(update) = min(anneal_cap, update / total_anneal_steps)     update counted from 0
 
 Every random draw of an epoch (order of users, dropout, noise) follows from the seed and the epoch's number, so a resumed
-run repeats an uninterrupted one bit for bit on a CPU. A run folder holds tensors and JSON only:
-
-    config.json    settings, model, data             metrics.jsonl  a line per epoch
-    best.pt        best validation NDCG@100          last.pt        where to resume
-    curve.png      loss and NDCG@100 by epoch
+run repeats an uninterrupted one bit for bit on a CPU. The step is in step.py, the files are in run_folder.py.
 """
 
 from __future__ import annotations
@@ -20,24 +16,25 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks, dtype_name
 from .evaluate import evaluate
 from .models import NORMALIZE, MultiDAE, MultiVAE
-from .run import METRIC, ProgressBar, RunFolder
+from .progress import ProgressBar
+from .run_folder import METRIC, RunFolder, advice, interrupt_message
+from .step import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam, get_rng, matmul_precision, set_rng
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
-GRAPH_WARM_UP = 3  # eager steps before a CUDA graph is captured
 
 
 def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
@@ -148,8 +145,12 @@ def fit(
     train = train.to(device)
     if validation is not None:
         validation = (validation[0].to(device), validation[1].to(device))
-    run = RunFolder(run_dir, model, asdict(settings), train, validation, items)
-    with run.claimed(resume):
+    if resume and run_dir is None:
+        raise ValueError("fit: run_dir must be given to resume, got None")
+    run = None
+    if run_dir is not None:
+        run = RunFolder(Path(run_dir), model, asdict(settings), train, validation, items)
+    with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
         if resume:
             trainer.restore()
@@ -163,7 +164,7 @@ class _Trainer:
     """The state of a run: model, optimiser, position, best epoch."""
 
     def __init__(
-        self, model, train, validation, settings: _Settings, run: RunFolder, cuda_graph: bool
+        self, model, train, validation, settings: _Settings, run: RunFolder | None, cuda_graph: bool
     ):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
@@ -185,16 +186,16 @@ class _Trainer:
         elif self._out_of_patience(patience):
             bar.idle(f"no better NDCG@100 since epoch {self.result.best_epoch} of {self.epoch}")
         while self.epoch < epochs and not self._out_of_patience(patience):
-            whole = self._run_epoch(epochs, bar, interrupted)
+            whole = self._run_epoch(bar, interrupted)
             self.save_last()
             if not whole or interrupted():
-                raise KeyboardInterrupt(self.run.interrupt_message(self.epoch, self.batch))
-            bar.epoch_done(self.result, epochs)
+                raise KeyboardInterrupt(interrupt_message(self.run, self.epoch, self.batch))
+            bar.epoch_done(self.result.history[-1], self.result.best_epoch == self.epoch)
 
     def _out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.result.best_epoch >= patience
 
-    def _run_epoch(self, epochs: int, bar: ProgressBar, interrupted) -> bool:
+    def _run_epoch(self, bar: ProgressBar, interrupted) -> bool:
         """Train an epoch from where it stands; False where it was interrupted before its end."""
         begin, started = self.batch, time.perf_counter()
         s = self.settings
@@ -208,19 +209,25 @@ class _Trainer:
         ):
             torch.manual_seed(draw_seed)
             if self.rng is not None:
-                _set_rng(device, self.rng)
+                set_rng(device, self.rng)
             for n, ids in enumerate(batches[begin:]):
                 if self.wants_graph and n == GRAPH_WARM_UP:
                     self._capture()
                 self._step(ids)
-                bar.batch_done(self, epochs, len(ids))
+                if bar.due(len(ids)):
+                    self._show(bar)
                 if interrupted() and self.batch < len(batches):
                     self._check_finite()
-                    self.rng = _get_rng(device)
+                    self.rng = get_rng(device)
                     return False
         n_users = sum(len(ids) for ids in batches[begin:])
         self._end_epoch(n_users / max(time.perf_counter() - started, 1e-9))
         return True
+
+    def _show(self, bar: ProgressBar) -> None:
+        users = min(self.batch * self.settings.batch_size, self.train.n_users)
+        nll, kld = (self.sums / users).tolist()
+        bar.move(self.epoch, users, nll, kld, self.beta)
 
     def _step(self, ids: Tensor) -> None:
         s = self.settings
@@ -275,13 +282,13 @@ class _Trainer:
         ):
             raise RuntimeError(
                 f"fit: weights must be finite, got nan or inf after update {self.update} "
-                f"(epoch {self.epoch + 1}); {self.run.advice()}"
+                f"(epoch {self.epoch + 1}); {advice(self.run)}"
             )
 
     def _not_finite(self, value: float) -> RuntimeError:
         return RuntimeError(
             f"fit: loss must be finite, got {value} at update {self.update} "
-            f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {self.run.advice()}"
+            f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {advice(self.run)}"
         )
 
     def _end_epoch(self, users_per_second: float) -> None:
@@ -300,58 +307,56 @@ class _Trainer:
                 row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
             except ValueError as error:  # fit has checked everything else that evaluate refuses
                 raise RuntimeError(
-                    f"fit: scores must be finite, got nan or inf after epoch {self.epoch}; {self.run.advice()}"
+                    f"fit: scores must be finite, got nan or inf after epoch {self.epoch}; {advice(self.run)}"
                 ) from error
         self.result.history.append(row)
-        self.run.append_metrics(row)
+        if self.run is not None:
+            self.run.append_metrics(row)
         metric = row.get(METRIC, math.nan)
         if self.result.best_epoch == 0 or not metric <= self.result.best_metric:
             self.result.best_epoch, self.result.best_metric = self.epoch, metric
             self._keep_best()
 
     def _keep_best(self) -> None:
-        if self.run.folder is not None:
-            write_checkpoint(self.run.folder / "best.pt", self.model, self.run.items)
+        if self.run is not None:
+            self.run.write_best()
         elif self.validation is not None:
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def finish(self) -> None:
         """Give the model the best epoch's weights, and draw the curve."""
-        if self.run.folder is not None:
-            if self.result.best_epoch:
-                self.best_weights = read_checkpoint(self.run.folder / "best.pt")["model"]
+        if self.run is not None and self.result.best_epoch:
+            self.best_weights = self.run.read_best()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
-        self.run.draw_curve(self.result.history)
+        if self.run is not None:
+            self.run.draw_curve(self.result.history)
 
     def save_last(self) -> None:
         """Write last.pt: all that a resume needs."""
-        if self.run.folder is None:
+        if self.run is None:
             return
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.adam.state_dict(),
-            "position": [self.epoch, self.batch, self.update],
-            "sums": self.sums,
-            "history": json.dumps(self.result.history),
-            "best": [self.result.best_epoch, float(self.result.best_metric)],
-            "rng": self.rng,
-        }
-        write_checkpoint(self.run.folder / "last.pt", self.model, self.run.items, **state)
+        self.run.write_last(
+            optimizer=self.optimizer.adam.state_dict(),
+            position=[self.epoch, self.batch, self.update],
+            sums=self.sums,
+            history=json.dumps(self.result.history),
+            best=[self.result.best_epoch, float(self.result.best_metric)],
+            rng=self.rng,
+        )
 
     def restore(self) -> None:
         """Take up the state of last.pt."""
-        assert self.run.folder is not None
-        path = self.run.folder / "last.pt"
-        state = read_checkpoint(path)
-        self.run.check_items(state.get("meta", {}).get("items"))
+        assert self.run is not None
+        state = self.run.read_last()
         try:
             self._take_up(state)
             if self.result.best_epoch:
-                read_checkpoint(self.run.folder / "best.pt")  # better now than after the last epoch
+                self.run.read_best()  # better now than after the last epoch
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"fit: {path} must hold the state of this run, got another file ({reason[:200]})"
+                f"fit: {self.run.last} must hold the state of this run, got another file ({reason[:200]})"
             ) from error
         self.run.rewrite_metrics(self.result.history)
 
@@ -366,93 +371,6 @@ class _Trainer:
         self.rng = state["rng"]
         self.result.history = json.loads(state["history"])
         self.result.best_epoch, self.result.best_metric = state["best"]
-
-
-class GraphedStep:
-    """step(clicks, beta) as one CUDA graph; only the row ids and beta change between replays.
-
-    clicks     a full batch, on which the step has run before: a capture cannot compile
-    optimizer  the one that step calls
-    """
-
-    def __init__(
-        self, step: Callable[[Clicks, Tensor], None], clicks: Clicks, optimizer: ItemMajorAdam
-    ):
-        device = clicks.device
-        # row ids in memory of its own
-        self.clicks = clicks.rows(torch.arange(len(clicks), device=device))
-        self.beta = torch.zeros((), device=device)
-        self.graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(device)
-        try:
-            # a stream of this device: torch's own choice stays on the GPU of the process's first capture
-            with (
-                optimizer.capturing(),
-                torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)),
-            ):
-                step(self.clicks, self.beta)
-        finally:
-            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
-
-    def replay(self, clicks: Clicks, beta: float) -> None:
-        """Run the step on another batch of the same matrix and size."""
-        self.clicks.row_ids.copy_(clicks.row_ids)  # type: ignore[union-attr, arg-type]
-        self.beta.fill_(beta)
-        self.graph.replay()
-
-
-class ItemMajorAdam:
-    """torch's fused Adam over contiguous views: it copies a weight stored item-major to and fro otherwise (35 ms)."""
-
-    def __init__(self, model: nn.Module, lr: float):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.views = [nn.Parameter(_row_major(p.detach())) for p in self.parameters]
-        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True)
-
-    def step(self) -> None:
-        """Update the model's weights from its gradients, and drop the gradients."""
-        for p, view in zip(self.parameters, self.views, strict=True):
-            view.grad = None if p.grad is None else _row_major(p.grad)
-            p.grad = None
-        self.adam.step()
-        self.adam.zero_grad()
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """While a CUDA graph is captured; eager steps with capturable=True would warn, and a checkpoint would keep it."""
-        for group in self.adam.param_groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group in self.adam.param_groups:
-                group["capturable"] = False
-
-
-def _row_major(t: Tensor) -> Tensor:
-    return t.t() if t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous() else t
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """fp32 products on a GPU by TF32 where precision is "tf32", and in full otherwise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _get_rng(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state.cpu(), device)
-    else:
-        torch.set_rng_state(state.cpu())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from fastvae import MultiVAE
 from fastvae.synthetic import synthetic_clicks
-from fastvae.train import ItemMajorAdam
+from fastvae.step import ItemMajorAdam
 
 def mib(what):
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1024

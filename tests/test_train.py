@@ -16,7 +16,8 @@ from helpers import random_clicks
 
 from fastvae import Clicks, MultiDAE, MultiVAE, evaluate, fit, reference
 from fastvae.checkpoint import load_model, read_checkpoint
-from fastvae.train import ItemMajorAdam, beta_at, epoch_order
+from fastvae.step import ItemMajorAdam
+from fastvae.train import beta_at, epoch_order
 
 N_ITEMS = 40
 
@@ -322,7 +323,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_what_was_saved_is_resumed(tmp_path, monkeypatch):
-    import fastvae.run
+    import fastvae.run_folder
 
     train, validation = learnable()
     options = {"batch_size": 30, "run_dir": tmp_path / "run"}
@@ -337,7 +338,7 @@ def test_a_full_disk_is_reported_and_what_was_saved_is_resumed(tmp_path, monkeyp
         return full() if str(path).endswith("metrics.jsonl") else opened(path, mode, **others)
 
     for owner, call, fake, name in (
-        (fastvae.run, "open", full_for_metrics, "metrics.jsonl"),
+        (fastvae.run_folder, "open", full_for_metrics, "metrics.jsonl"),
         (torch, "save", full, r"(best|last)\.pt"),
     ):
         with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
@@ -701,7 +702,7 @@ def test_progress_marks_the_best_epochs_and_counts_a_resumed_run_on(tmp_path, mo
         "update",
         lambda self, *a, **k: done.append(k.get("completed")) or update(self, *a, **k),
     )
-    monkeypatch.setattr("fastvae.run.SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("fastvae.progress.SECONDS_BETWEEN", 0)
     options = {"batch_size": 40, "run_dir": tmp_path / "run", "progress": True}
     fit(model(), train, validation, epochs=2, **options)
     fit(model(), train, validation, epochs=3, resume=True, **options)

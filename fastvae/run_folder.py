@@ -1,0 +1,233 @@
+"""The run folder of fit(): the names of its files, what each holds, and who may write to it.
+
+    config.json    settings, model, data             metrics.jsonl  a line per epoch
+    best.pt        best validation NDCG@100          last.pt        where to resume
+    curve.png      loss and NDCG@100 by epoch
+
+Tensors and JSON only. One training at a time holds the folder; a killed one leaves nothing that the next cannot use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+from ._files import naming, remove_leftovers, write_text
+from .checkpoint import read_checkpoint, write_checkpoint
+from .clicks import Clicks
+from .models import MultiDAE, MultiVAE
+
+METRIC = "ndcg@100"  # decides which epoch is best
+CONFIG, METRICS, BEST, LAST, CURVE = (
+    "config.json", "metrics.jsonl", "best.pt", "last.pt", "curve.png",
+)  # fmt: skip
+_BEFORE_A_CHECKPOINT = {CONFIG, METRICS, BEST}
+_MAX_JSON = 2**20  # bytes of config.json; ours have five hundred
+
+
+class RunFolder:
+    """A run's files, and the advice of messages about it.
+
+    path        the folder, which claimed() makes or checks
+    model       the one to train: its weights go to the checkpoints, its arguments to config.json
+    settings    of fit, as JSON values
+    train, validation  the clicks, whose digests tell a resumed run that they are the same
+    items       external ids for the checkpoints, or None; a resumed run without takes those it had
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: MultiVAE | MultiDAE,
+        settings: dict[str, Any],
+        train: Clicks,
+        validation: tuple[Clicks, Clicks] | None,
+        items: Sequence[str] | None,
+    ):
+        self.path, self.model, self.items = path, model, items
+        self.best, self.last = path / BEST, path / LAST
+        self.config = {
+            "model": type(model).__name__,
+            **model.config(),
+            "n_users": train.n_users,
+            **settings,
+            "train": train.fingerprint(),
+            "validation": validation and [clicks.fingerprint() for clicks in validation],
+        }
+
+    @contextlib.contextmanager
+    def claimed(self, resume: bool) -> Iterator[None]:
+        """Make the folder, or check that it can be resumed, and keep a second training out of it for the block."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"fit: run_dir must be a folder, got a file at {self.path}")
+        if resume and not self.path.exists():
+            raise ValueError(f"fit: run_dir must hold a run to resume, got nothing at {self.path}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            self._check_resume() if resume else self._start()
+            yield
+
+    def _start(self) -> None:
+        """The folder must be new, empty, or left by a run that died before its first checkpoint."""
+        if self.last.exists():
+            raise ValueError(
+                f"fit: run_dir must be a new folder, got {self.path} with a run in it; "
+                "resume that run or name another folder"
+            )
+        self._remove_leftovers()
+        names = {path.name for path in self.path.iterdir()}
+        if names and not (names <= _BEFORE_A_CHECKPOINT and self._is_ours()):
+            foreign = sorted(names - _BEFORE_A_CHECKPOINT or names)[:3]
+            raise ValueError(
+                f"fit: run_dir must be a new or empty folder, got {self.path} with "
+                f"{', '.join(foreign)} in it; name another folder"
+            )
+        write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        self.rewrite_metrics([])
+
+    def _is_ours(self) -> bool:
+        return (self.path / CONFIG).exists() and set(self.config) <= set(read_config(self.path))
+
+    def _remove_leftovers(self) -> None:
+        remove_leftovers(self.path, _BEFORE_A_CHECKPOINT | {LAST})
+
+    def _check_resume(self) -> None:
+        """ValueError unless the folder holds a run of the same settings."""
+        for name in (LAST, CONFIG):
+            if not (self.path / name).exists():
+                raise ValueError(
+                    f"fit: run_dir must hold a run to resume, got {self.path} without {name}; "
+                    "train without resume, in a new folder"
+                )
+        then = read_config(self.path)
+        for name, value in self.config.items():
+            if then.get(name) != value and name in ("train", "validation"):
+                got = "none" if value is None else "others"
+                raise ValueError(f"fit: {name} must be the clicks of the run to resume, got {got}")
+            if then.get(name) != value:
+                raise ValueError(
+                    f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
+                )
+        self._remove_leftovers()
+
+    def take_items(self, then: list[str] | None) -> None:
+        """The items of the run to resume; ValueError where others, or the same in another order, are given."""
+        if then is None and self.items is not None:
+            raise ValueError("fit: items must be None as in the run to resume, got ids")
+        if then is None or self.items is None:
+            self.items = then
+            return
+        for n, (old, new) in enumerate(zip(then, self.items, strict=False)):
+            if old != str(new):
+                raise ValueError(
+                    f"fit: items must be those of the run to resume, in its order, got {str(new)!r} "
+                    f"for {old!r} at position {n}; pass the data of that run"
+                )
+
+    def write_best(self) -> None:
+        """The weights as they are, as those of the best epoch."""
+        write_checkpoint(self.best, self.model, self.items)
+
+    def read_best(self) -> dict[str, Any]:
+        """Weights of the best epoch. Raises: ValueError where there is no such checkpoint."""
+        return read_checkpoint(self.best)["model"]
+
+    def write_last(self, **state: Any) -> None:
+        """The weights as they are, and the state that a resume needs besides."""
+        write_checkpoint(self.last, self.model, self.items, **state)
+
+    def read_last(self) -> dict[str, Any]:
+        """What write_last wrote; its items are compared with those given."""
+        state = read_checkpoint(self.last)
+        self.take_items(state.get("meta", {}).get("items"))
+        return state
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+        path = self.path / METRICS
+        with naming(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
+        """All lines anew: a kill between a line and its checkpoint leaves one too many."""
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
+
+    def draw_curve(self, history: list[dict[str, Any]]) -> None:
+        """Write the learning curve, where matplotlib (extra cli) is there."""
+        if not history:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        epoch = [row["epoch"] for row in history]
+        axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
+        axis.set(xlabel="epoch", title=f"{self.config['model']}, {self.path.name}")
+        axis.set_ylabel("training loss (nats per user)", color="tab:blue")
+        if METRIC in history[0]:
+            right = axis.twinx()
+            right.plot(epoch, [row[METRIC] for row in history], color="tab:orange", marker=".")
+            right.set_ylabel("validation NDCG@100", color="tab:orange")
+        figure.savefig(self.path / CURVE, dpi=120)
+
+
+def advice(run: RunFolder | None) -> str:
+    """What to do about a loss that is not finite."""
+    if run is None or not run.last.exists():
+        return "lower lr"
+    return f"lower lr; the last good checkpoint is {run.last}"
+
+
+def interrupt_message(run: RunFolder | None, epoch: int, batch: int) -> str:
+    """Where an interrupted run stands."""
+    where = f"stopped after {epoch} epochs" + (f" and {batch} batches" if batch else "")
+    return where if run is None else f"{where}; saved in {run.last}, resume to go on"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    descriptor = None
+    if fcntl is not None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"fit: run_dir must be a folder that no other training writes to, got {folder}; "
+                "wait for that one to end, or name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder. Raises: ValueError where it is not there or no such thing."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_JSON else None
+    except (ValueError, RecursionError, OSError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"run: {path} must be a run's settings in JSON, got something else; "
+            "put the file back, or train anew in another folder"
+        )
+    return config
