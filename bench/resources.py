@@ -76,7 +76,7 @@ class FixedTile(NamedTuple):
 def multinomial_nll_cases(chip: str) -> Iterator[Case]:
     """Cases of kernels/multinomial_nll.py."""
     module = multinomial_nll
-    forward, backward = tiles.forward_row_tile(chip), tiles.backward_row_tile(chip)
+    forward, backward = tiles.TABLE[chip].forward_row, tiles.TABLE[chip].backward_row
     # rows aligned to 16 numbers as in a padded buffer, or to 4 as in a tensor of 20,108 columns
     for dtype, align in (("bf16", 16), ("bf16", 4), ("fp32", 4)):
         pointers = {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}", "ALIGN": align}
@@ -105,16 +105,20 @@ def linear_multinomial_nll_cases(chip: str) -> Iterator[Case]:
         variants = {"": {}, ", raised": {"RAISED": True}}  # a training step launches both
         if kind in ("bf16", "ieee"):
             variants[", no grad"] = {"e_ptr": None}
-        for tile in dict.fromkeys(tiles.gemm_tile(chip, kind, n) for n in (1, tiles.MANY_USERS)):
+        for tile in dict.fromkeys(tiles.TABLE[chip].gemm[kind]):
             for variant, more in variants.items():
                 detail = f"{kind} {tile.block_u}x{tile.block_i}x{tile.block_d}{variant}"
                 yield Case(kernel, detail, tile, gemm | more, tensor_core=core)
         if kind in ("fp16", "tf32"):
             continue  # the other kernels know the dtype only
         kernel, singles = module._clicks_kernel, (3, "block_nnz")
-        tile = tiles.click_tile(chip, True)
+        tile = tiles.TABLE[chip].stored_clicks
         yield Case(kernel, f"{dtype}, from E", tile, common, wide=False, singles=singles)
-        tile, singles, gathered = tiles.click_tile(chip, False), (2, "block_nnz"), {"e_ptr": None}
+        tile, singles, gathered = (
+            tiles.TABLE[chip].gathered_clicks,
+            (2, "block_nnz"),
+            {"e_ptr": None},
+        )
         yield Case(kernel, f"{dtype}, from weight rows", tile, common | gathered, singles=singles)
         kernel, tile = module._prepare_kernel, FixedTile(module.N_PROBE, 0, 4)
         yield Case(kernel, dtype, tile, common, wide=False, singles=(2, "block"))
@@ -128,9 +132,9 @@ def sparse_linear_cases(chip: str) -> Iterator[Case]:
     per_click = FixedTile(0, tiles.CLICKS_PER_BLOCK, 4)
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         common = shape | dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr", "dpre_ptr"), f"*{dtype}")
-        forward = tiles.sparse_linear_forward_tile(chip, torch_dtype)
-        backward = tiles.sparse_linear_backward_tile(chip)
-        item = tiles.sparse_linear_item_tile(chip)
+        forward = tiles.TABLE[chip].sparse_forward[torch_dtype.itemsize]
+        backward = tiles.TABLE[chip].sparse_backward
+        item = tiles.TABLE[chip].sparse_item
         parts = {"N_PARTS": triton.cdiv(N_HIDDEN, backward.block_d)}
         for detail, more in ((f"{dtype}, values", {}), (dtype, no_values)):
             arguments = common | parts | more

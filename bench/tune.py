@@ -98,45 +98,45 @@ def item_tiles() -> Iterable[tiles.ItemTile]:
 
 def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
     """The GEMM of each kind, and the fused way against torch's GEMM with a row kernel."""
-    chip = tiles.chip_of(torch.device(options.device))
+    table = tiles.of(torch.device(options.device))
     for kind, dtype in DTYPES.items():
         hidden = torch.randn(n_users, N_HIDDEN, device=options.device).to(dtype)
         weight = (0.05 * torch.randn(options.items, N_HIDDEN, device=options.device)).to(dtype)
 
         def run(tile, fused=True, hidden=hidden, weight=weight, kind=kind):
             return linear_multinomial_nll.linear_multinomial_nll_fwd(
-                hidden, weight, None, *csr, allow_tf32=kind == "tf32", fused=fused, tile=tile
+                hidden, weight, None, csr, allow_tf32=kind == "tf32", fused=fused, tile=tile
             )[0]
 
         name = f"linear_multinomial_nll {kind} {n_users} users"
         with matmul_precision(kind):
-            search(name, run, tiles.gemm_tile(chip, kind, n_users), gemm_tiles(), options)
+            search(name, run, table.gemm_tile(kind, n_users), gemm_tiles(), options)
             plain = milliseconds(lambda run=run: run(None, False), options.device, options.rounds)
         print(f"{name:44} torch's GEMM and the row kernels: {plain:.4f} ms")
 
 
 def tune_multinomial_nll(n_users: int, csr, options) -> None:
     """Forward and backward row kernels."""
-    chip = tiles.chip_of(torch.device(options.device))
+    table = tiles.of(torch.device(options.device))
     logits = torch.randn(n_users, options.items, device=options.device).to(torch.bfloat16)
-    _, lse = multinomial_nll.multinomial_nll_fwd(logits, *csr)
+    _, lse = multinomial_nll.multinomial_nll_fwd(logits, csr)
     dnll = torch.ones(n_users, device=options.device)
-    forward, backward = tiles.forward_row_tile(chip), tiles.backward_row_tile(chip)
+    forward, backward = table.forward_row, table.backward_row
     search(
         f"multinomial_nll forward {n_users} users",
-        lambda tile: multinomial_nll.multinomial_nll_fwd(logits, *csr, tile=tile)[0],
+        lambda tile: multinomial_nll.multinomial_nll_fwd(logits, csr, tile=tile)[0],
         forward, row_tiles(forward.split_i), options,
     )  # fmt: skip
     search(
         f"multinomial_nll backward {n_users} users",
-        lambda tile: multinomial_nll.multinomial_nll_bwd(logits, lse, dnll, *csr, tile=tile),
+        lambda tile: multinomial_nll.multinomial_nll_bwd(logits, lse, dnll, csr, tile=tile),
         backward, row_tiles(backward.split_i), options,
     )  # fmt: skip
 
 
 def tune_sparse_linear(n_users: int, csr, options) -> None:
     """Forward, weight gradient by atomics, weight gradient in order."""
-    chip = tiles.chip_of(torch.device(options.device))
+    table = tiles.of(torch.device(options.device))
     seed = torch.tensor([1], device=options.device)
     dpre = torch.randn(n_users, N_HIDDEN, device=options.device)
     for dtype in (torch.float32, torch.bfloat16):
@@ -144,10 +144,10 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
 
         def forward(tile, weight=weight):
             return sparse_linear.sparse_linear_fwd(
-                *csr, weight, None, seed, dropout=0.5, normalize=True, tanh=True, tanh_input=False, tile=tile
+                csr, weight, None, seed, dropout=0.5, normalize=True, tanh=True, tanh_input=False, tile=tile
             )  # fmt: skip
 
-        present = tiles.sparse_linear_forward_tile(chip, dtype)
+        present = table.sparse_forward[dtype.itemsize]
         name = f"sparse_linear forward {dtype} {n_users} users".replace("torch.", "")
         search(
             name, lambda tile, f=forward: f(tile)[0], present, click_tiles((16, 32, 64)), options
@@ -156,18 +156,18 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
 
     def weight_gradient(deterministic, **tile):
         return sparse_linear.sparse_linear_bwd_weight(
-            dpre, *csr, seed, scale, options.items, dropout=0.5, tanh_input=False, deterministic=deterministic, **tile
+            dpre, csr, seed, scale, options.items, dropout=0.5, tanh_input=False, deterministic=deterministic, **tile
         )  # fmt: skip
 
     search(
         f"sparse_linear backward, atomics {n_users} users",
         lambda tile: weight_gradient(False, tile=tile),
-        tiles.sparse_linear_backward_tile(chip), click_tiles((8, 16, 32)), options,
+        table.sparse_backward, click_tiles((8, 16, 32)), options,
     )  # fmt: skip
     search(
         f"sparse_linear backward, ordered {n_users} users",
         lambda tile: weight_gradient(True, item_tile=tile),
-        tiles.sparse_linear_item_tile(chip), item_tiles(), options,
+        table.sparse_item, item_tiles(), options,
     )  # fmt: skip
 
 
@@ -185,6 +185,6 @@ def main(arguments: list[str]) -> None:
     print(describe())
     for n_users in options.users:
         x = synthetic_clicks(n_users, options.items, n_users * options.clicks).to("cuda")
-        csr = (x.indptr, x.indices, x.values, x.row_ids)
+        csr = x.csr
         for tune in (tune_linear_multinomial_nll, tune_multinomial_nll, tune_sparse_linear):
             tune(n_users, csr, options)

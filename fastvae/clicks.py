@@ -24,6 +24,8 @@ _SPARSE_DTYPES = (
     torch.float32, torch.float64, torch.complex64, torch.complex128,
 )  # fmt: skip
 
+Csr = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # indptr, indices, values, row_ids
+
 
 class Clicks:
     """A click matrix x [n_users, n_items] in canonical CSR: sorted rows, no duplicates, no stored zeros.
@@ -172,6 +174,11 @@ class Clicks:
         return self.n_users, self.n_items
 
     @property
+    def csr(self) -> Csr:
+        """indptr, indices, values and row_ids: the clicks as the ops take them."""
+        return self.indptr, self.indices, self.values, self.row_ids
+
+    @property
     def nnz(self) -> int:
         """Number of clicks; of a choice of rows on a GPU this waits for the device."""
         return len(self.indices) if self.row_ids is None else int(self.row_lengths().sum())
@@ -197,12 +204,11 @@ class Clicks:
         """Clicks N_u of each user, float32 [n_users]; the row length where all values are one."""
         if self.values is None:
             return self.row_lengths().float()
-        from .ops import sparse_linear  # which needs Clicks
-
-        # a layer of one weight of 1 for each item: coordinate lists would wait for a GPU to count them
-        one = torch.ones((1, self.n_items), device=self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            return sparse_linear(self, one, normalize=False, tanh=False).squeeze(1)
+        # on a GPU over the whole matrix: to gather the batch's clicks would wait for the device to count them
+        part = self.compact() if self.device.type == "cpu" else self
+        values = part.values.detach().double()  # type: ignore[union-attr]
+        sums = torch.segment_reduce(values, "sum", offsets=part.indptr, unsafe=True).float()
+        return sums if part.row_ids is None else sums[part.row_ids]
 
     def fingerprint(self) -> str:
         """A digest of the matrix: equal for equal clicks, and for no others that anybody will meet."""

@@ -36,19 +36,22 @@ def dropout_keep(seed: Tensor, position: Tensor, dropout: float) -> Tensor:
     returns   [n]  bool
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """
-    c0, c1 = position & _MASK_32, position >> 32
+    c0, c1 = position & _MASK_32, (position >> 32) & _MASK_32
     c2, c3 = torch.zeros_like(position), torch.zeros_like(position)
-    key = int(seed)
-    k0, k1 = key & _MASK_32, (key >> 32) & _MASK_32
+    k0, k1 = int(seed) & _MASK_32, (int(seed) >> 32) & _MASK_32
     for _ in range(10):
-        # a product of two 32-bit numbers wraps into the sign bit of int64, but its bits are right
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        # c1 and c3 keep bits above 32, which the next mask drops
-        c0 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK_32)
-        c2 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK_32)
-        c1, c3 = b, a
+        high_0, low_0 = _mul_high_low(0xD2511F53, c0)
+        high_1, low_1 = _mul_high_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK_32, (k1 + 0xBB67AE85) & _MASK_32
     return (c0 >> 8) >= round(dropout * 2**24)
+
+
+def _mul_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the product of two 32-bit numbers, by halves of b, so that nothing leaves 63 bits."""
+    by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (by_low >> 16) + by_high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
 
 def dense_keep(clicks: Clicks, seed: Tensor, dropout: float) -> Tensor:

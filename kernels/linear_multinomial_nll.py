@@ -23,13 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .multinomial_nll import (
-    click_values,
-    multinomial_nll_bwd,
-    multinomial_nll_fwd,
-    row_clicks,
-    row_sum,
-)
+from .csr import Csr, click_values, row_clicks, row_sum
+from .multinomial_nll import multinomial_nll_bwd, multinomial_nll_fwd
 
 MAX_BYTES = 4 * 2**30  # budget of the [n_users, n_items] buffer; above it users come in chunks
 N_PROBE = 1024  # items whose largest logit is taken for k
@@ -39,8 +34,6 @@ PAD = 128  # the buffer's width is a multiple of this, which aligns every row an
 RAISE_ABOVE = tl.constexpr(40.0)
 # log of a smaller E, a logit 69 below k, may not be the logit any more: E may have been rounded to zero
 SMALLEST = tl.constexpr(1e-30)
-
-Csr = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # indptr, indices, values, rows
 
 
 @triton.jit
@@ -154,7 +147,7 @@ def _clicks_kernel(
     hidden_ptr, weight_ptr, bias_ptr, k_ptr, sums_ptr,  # inputs
     indptr_ptr, indices_ptr, values_ptr, rows_ptr,
     e_ptr,  # in place: E becomes D
-    nll_ptr, scale_ptr,  # outputs
+    nll_ptr, v_ptr,  # outputs
     n_tiles_i,  # sizes
     N_HIDDEN: tl.constexpr, N_PADDED: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +163,7 @@ def _clicks_kernel(
     total = tl.sum(sums, axis=0)
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     n_clicks = row_sum(values_ptr, begin, end, BLOCK_NNZ)
-    tl.store(scale_ptr + u, n_clicks / total)
+    tl.store(v_ptr + u, n_clicks / total)
     per_click = total / tl.maximum(n_clicks, 1e-30)  # no 0 / 0 where all values are zero
 
     log_total = tl.log(total)
@@ -234,9 +227,9 @@ def stored_shape(
     return n_users if needs_grad and one_chunk else 0, _width(n_items)
 
 
-def _clicks_of(part: slice, clicks: Csr) -> Csr:
+def _clicks_of(part: slice, csr: Csr) -> Csr:
     """CSR arguments of a range of the batch's users."""
-    indptr, indices, values, rows = clicks
+    indptr, indices, values, rows = csr
     if rows is None:
         return indptr[part.start : part.stop + 1], indices, values, None
     return indptr, indices, values, rows[part]
@@ -255,19 +248,19 @@ def _sum(total: Tensor | None, term: Tensor) -> Tensor:
 
 
 def _exp_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, clicks: Csr,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr,
     e: Tensor | None, allow_tf32: bool, tile: tiles.GemmTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """nll and v, and D in e unless it is None; one GEMM, with the exponential in its epilogue."""
     (n_users, n_hidden), n_items = hidden.shape, weight.shape[0]
-    chip, kind = tiles.chip_of(hidden.device), tiles.product_kind(hidden.dtype, allow_tf32)
-    tile = tile or tiles.gemm_tile(chip, kind, n_users)
-    click_tile = tiles.click_tile(chip, e is not None)
+    table, kind = tiles.of(hidden.device), tiles.product_kind(hidden.dtype, allow_tf32)
+    tile = tile or table.gemm_tile(kind, n_users)
+    click_tile = table.gathered_clicks if e is None else table.stored_clicks
     n_tiles_i = triton.cdiv(_width(n_items), tile.block_i)
     n_padded, width = 0 if e is None else e.stride(0), n_tiles_i * tile.block_i
     step = triton.cdiv(n_items, N_PROBE)
     probe = _mm(hidden, weight[::step].t())  # logits of up to N_PROBE items, spread over all
-    wide_bias, k, sums, nll, scale = (
+    wide_bias, k, sums, nll, v = (
         torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for shape in ((width,), (2, n_users), (n_users, n_tiles_i), (n_users,), (n_users,))
     )
@@ -293,18 +286,18 @@ def _exp_rows(
             )  # fmt: skip
         _clicks_kernel[(n_users,)](
             hidden, weight, bias, k, sums,
-            *clicks,
+            *csr,
             e,
-            nll, scale,
+            nll, v,
             n_tiles_i,
             N_HIDDEN=n_hidden, N_PADDED=n_padded,
             BLOCK_NNZ=click_tile.block_nnz, BLOCK_D=click_tile.block_d, num_warps=click_tile.num_warps,
         )  # fmt: skip
-    return nll, scale
+    return nll, v
 
 
 def _logit_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, clicks: Csr, e: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, e: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """nll and v = 1, and D = dnll/dlogits in e; torch's GEMM into e, then multinomial_nll on it in place."""
     logits = e[:, : weight.shape[0]]
@@ -313,14 +306,14 @@ def _logit_rows(
         torch.mm(hidden, weight.t(), out=logits)
     else:
         torch.addmm(bias.to(e.dtype), hidden, weight.t(), out=logits)
-    nll, lse = multinomial_nll_fwd(logits, *clicks)
+    nll, lse = multinomial_nll_fwd(logits, csr)
     ones = torch.ones_like(nll)
-    multinomial_nll_bwd(logits, lse, ones, *clicks, inplace=True)
+    multinomial_nll_bwd(logits, lse, ones, csr, inplace=True)
     return nll, ones
 
 
 def _rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, clicks: Csr,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr,
     d: Tensor, allow_tf32: bool, fused: bool | None, tile: tiles.GemmTile | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """nll and v of some users, and D in d, unless d has no rows: then nothing of its size is made."""
@@ -329,15 +322,15 @@ def _rows(
         return nll, nll.clone()
     if fused is None:
         kind = tiles.product_kind(hidden.dtype, allow_tf32)
-        fused = tiles.fuses(tiles.chip_of(hidden.device), kind)
+        fused = kind in tiles.of(hidden.device).fused
     if fused or len(d) == 0:
-        return _exp_rows(hidden, weight, bias, clicks, d if len(d) else None, allow_tf32, tile)
-    return _logit_rows(hidden, weight, bias, clicks, d)
+        return _exp_rows(hidden, weight, bias, csr, d if len(d) else None, allow_tf32, tile)
+    return _logit_rows(hidden, weight, bias, csr, d)
 
 
 def linear_multinomial_nll_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
+    csr: Csr,
     needs_grad: bool = True, allow_tf32: bool = False, max_bytes: int = MAX_BYTES,
     fused: bool | None = None, tile: tiles.GemmTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -346,38 +339,35 @@ def linear_multinomial_nll_fwd(
     hidden   [n_users, n_hidden]  fp32, bf16 or fp16; contiguous
     weight   [n_items, n_hidden]  dtype of hidden; contiguous
     bias     [n_items]            dtype of hidden; contiguous, or None
-    indptr, indices, values, rows  as in multinomial_nll_fwd
+    csr      the clicks of these users, see kernels/csr.py
     needs_grad  keep D for the backward; without it nothing of size n_users x n_items is made
     allow_tf32  fp32 inputs may be multiplied as tf32; torch's own products follow torch's setting
     max_bytes   budget of D; above it the backward makes D again, in chunks of users
     fused    exponentials in the GEMM's epilogue, or torch's GEMM and a pass over its result; by the table if None
     tile     launch configuration of the GEMM, from the table by default
-    returns  nll [n_users] fp32 (nats), scale [n_users] fp32 (v), d of stored_shape and stored_dtype (D, or no rows)
+    returns  nll [n_users] fp32 (nats), v [n_users] fp32, d of stored_shape and stored_dtype (D, or no rows)
     """
     shape = stored_shape(len(hidden), len(weight), hidden.dtype, needs_grad, max_bytes)
     d = torch.empty(shape, dtype=stored_dtype(hidden.dtype), device=hidden.device)
-    clicks = (indptr, indices, values, rows)
-    nll, scale = _rows(hidden, weight, bias, clicks, d, allow_tf32, fused, tile)
-    return nll, scale, d
+    nll, v = _rows(hidden, weight, bias, csr, d, allow_tf32, fused, tile)
+    return nll, v, d
 
 
 def linear_multinomial_nll_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
-    scale: Tensor, d: Tensor, dnll: Tensor,
+    csr: Csr, v: Tensor, d: Tensor, dnll: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
     allow_tf32: bool = False, max_bytes: int = MAX_BYTES,
     fused: bool | None = None, tile: tiles.GemmTile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The backward products, by torch. Nothing given is written to: a second call gives the same.
 
-    hidden .. rows, allow_tf32, max_bytes, fused, tile  as in linear_multinomial_nll_fwd
-    scale, d  from linear_multinomial_nll_fwd
+    hidden .. csr, allow_tf32, max_bytes, fused, tile  as in linear_multinomial_nll_fwd
+    v, d     from linear_multinomial_nll_fwd
     dnll     [n_users]  any float, any stride, 0 included
     needs    which of the gradients of hidden, weight and bias to compute; the others are None
     returns  dhidden [n_users, n_hidden] dtype of hidden, dweight [n_items, n_hidden] fp32, dbias [n_items] fp32
     """
-    clicks = (indptr, indices, values, rows)
     parts, stored = [slice(0, len(hidden))], len(d) > 0
     if not stored:
         parts = _chunks(len(hidden), len(weight), hidden.dtype, max_bytes)
@@ -386,12 +376,12 @@ def linear_multinomial_nll_bwd(
     dweight = dbias = None
     same_weight = weight.to(d.dtype)
     for part in parts:
-        h, d_part, v = hidden[part], d[: part.stop - part.start], scale[part]
+        h, d_part, v_part = hidden[part], d[: part.stop - part.start], v[part]
         if not stored:
-            these = _clicks_of(part, clicks)
-            _, v = _rows(h, weight, bias, these, d_part, allow_tf32, fused, tile)
+            these = _clicks_of(part, csr)
+            _, v_part = _rows(h, weight, bias, these, d_part, allow_tf32, fused, tile)
         d_part = d_part[:, : len(weight)]
-        factor = (dnll[part].float() * v)[:, None]
+        factor = (dnll[part].float() * v_part)[:, None]
         if dhidden is not None:
             dhidden[part] = factor * _mm(d_part, same_weight)
         if needs[1]:

@@ -19,41 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .csr import Csr, click_values, row_clicks, row_sum
 
-LOWEST = tl.constexpr(
-    -3.4e38
-)  # start of a running maximum: unlike -inf it gives no NaN in differences
-
-
-@triton.jit
-def row_clicks(u, indptr_ptr, rows_ptr):
-    """Where the clicks of the batch's user u begin and end; without rows_ptr user u is matrix row u."""
-    row = u
-    if rows_ptr is not None:
-        row = tl.load(rows_ptr + u)
-    return tl.load(indptr_ptr + row), tl.load(indptr_ptr + row + 1)
-
-
-@triton.jit
-def click_values(values_ptr, n, mask_n):
-    """Values of clicks n, and 0 outside the mask; without values_ptr every click counts one."""
-    x = mask_n.to(tl.float32)
-    if values_ptr is not None:
-        x = tl.load(values_ptr + n, mask=mask_n, other=0.0)
-    return x
-
-
-@triton.jit
-def row_sum(values_ptr, begin, end, BLOCK_NNZ: tl.constexpr):
-    """N[u], the sum of a row's values; its length without values_ptr."""
-    total = (end - begin).to(tl.float32)
-    if values_ptr is not None:
-        x = tl.zeros([BLOCK_NNZ], tl.float32)
-        for start in range(begin, end, BLOCK_NNZ):
-            n = start + tl.arange(0, BLOCK_NNZ)
-            x += click_values(values_ptr, n, n < end)
-        total = tl.sum(x, axis=0)
-    return total
+# start of a running maximum: unlike -inf it gives no NaN in differences
+LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -190,22 +159,17 @@ def _alignment(*sizes: int) -> int:
 
 
 def multinomial_nll_fwd(
-    logits: Tensor,
-    indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
-    tile: tiles.RowTile | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor, csr: Csr, tile: tiles.RowTile | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch the forward kernels. Arguments are already checked by fastvae.ops.
 
     logits   [n_users, n_items]  fp32, bf16 or fp16; last stride 1
-    indptr   [n_rows + 1]        int64
-    indices  [nnz]               int32; sorted and distinct in each row
-    values   [nnz]               fp32, or None where every click counts one
-    rows     [n_users]           int64, the matrix row of each user, or None for all rows in order
+    csr      the clicks of these users, see kernels/csr.py
     tile     launch configuration, from the table by default
     returns  nll [n_users] fp32 (nats), lse [2, n_users] fp32 (nats): peak and log-sum, which add up to the lse
     """
     n_users, n_items = logits.shape
-    tile = tile or tiles.forward_row_tile(tiles.chip_of(logits.device))
+    tile = tile or tiles.of(logits.device).forward_row
     nll = torch.empty(n_users, dtype=torch.float32, device=logits.device)
     lse = torch.empty(2, n_users, dtype=torch.float32, device=logits.device)
     if n_users == 0:
@@ -221,7 +185,7 @@ def multinomial_nll_fwd(
                 ALIGN=align, SPLIT_I=tile.split_i, BLOCK_I=tile.block_i, num_warps=tile.num_warps,
             )  # fmt: skip
         _multinomial_nll_fwd_kernel[(n_users,)](
-            logits, parts, indptr, indices, values, rows,
+            logits, parts, *csr,
             nll, lse,
             n_items, n_splits,
             logits.stride(0),
@@ -232,13 +196,12 @@ def multinomial_nll_fwd(
 
 
 def multinomial_nll_bwd(
-    logits: Tensor, lse: Tensor, dnll: Tensor,
-    indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
+    logits: Tensor, lse: Tensor, dnll: Tensor, csr: Csr,
     inplace: bool = False, tile: tiles.RowTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the backward kernel. Arguments are already checked by fastvae.ops.
 
-    logits, indptr, indices, values, rows  as in multinomial_nll_fwd
+    logits, csr  as in multinomial_nll_fwd
     lse      [2, n_users]        fp32, from multinomial_nll_fwd
     dnll     [n_users]           any float, any stride, 0 included
     inplace  overwrite logits with the gradient; otherwise they are left alone
@@ -246,7 +209,7 @@ def multinomial_nll_bwd(
     returns  dlogits [n_users, n_items], dtype of logits
     """
     n_users, n_items = logits.shape
-    tile = tile or tiles.backward_row_tile(tiles.chip_of(logits.device))
+    tile = tile or tiles.of(logits.device).backward_row
     dlogits = (
         logits
         if inplace
@@ -256,7 +219,7 @@ def multinomial_nll_bwd(
         return dlogits
     with tiles.device_guard(logits):
         _multinomial_nll_bwd_kernel[(n_users, triton.cdiv(n_items, tile.split_i))](
-            logits, lse, dnll, indptr, indices, values, rows,
+            logits, lse, dnll, *csr,
             dlogits,
             n_items,
             logits.stride(0), dnll.stride(0), dlogits.stride(0),

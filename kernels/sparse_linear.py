@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .multinomial_nll import click_values, row_clicks
+from .csr import Csr, click_values, n_users_of, row_clicks
 
 SMALLEST = tl.constexpr(1.2e-38)  # normal fp32 number that stands for an empty row's squared norm
 
@@ -326,16 +326,12 @@ def _cut(tile: tiles.ClickTile | tiles.ItemTile, n_hidden: int) -> tuple[int, in
 
 
 def sparse_linear_fwd(
-    indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
-    weight: Tensor, bias: Tensor | None, seed: Tensor | None,
+    csr: Csr, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
     *, dropout: float, normalize: bool, tanh: bool, tanh_input: bool, tile: tiles.ClickTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel. Arguments are already checked by fastvae.ops.
 
-    indptr   [n_rows + 1]         int64
-    indices  [nnz]                int32; sorted and distinct in each row
-    values   [nnz]                fp32, or None where every click counts one
-    rows     [n_users]            int64, the matrix row of each user, or None for all rows in order
+    csr      the clicks of these users, see kernels/csr.py
     weight   [n_items, n_hidden]  fp32, bf16 or fp16; contiguous
     bias     [n_hidden]           any float, contiguous; or None
     seed     [1]                  int64, or None for no dropout
@@ -344,8 +340,8 @@ def sparse_linear_fwd(
     tile     launch configuration, from the table by default
     returns  y [n_users, n_hidden] dtype of weight; scale [n_users] fp32: s of the formulas, 0 for an empty row
     """
-    n_users, n_hidden = len(indptr) - 1 if rows is None else len(rows), weight.shape[1]
-    tile = tile or tiles.sparse_linear_forward_tile(tiles.chip_of(weight.device), weight.dtype)
+    n_users, n_hidden = n_users_of(csr), weight.shape[1]
+    tile = tile or tiles.of(weight.device).sparse_forward[weight.dtype.itemsize]
     block_d, n_blocks, num_warps = _cut(tile, n_hidden)
     y = torch.empty(n_users, n_hidden, dtype=weight.dtype, device=weight.device)
     scale = torch.empty(n_users, dtype=torch.float32, device=weight.device)
@@ -354,7 +350,7 @@ def sparse_linear_fwd(
     seed, drop_below, keep_scale = _dropout_arguments(seed, dropout)
     with tiles.device_guard(weight):
         _sparse_linear_fwd_kernel[(n_users * n_blocks,)](
-            indptr, indices, values, rows, weight, bias, seed,
+            *csr, weight, bias, seed,
             y, scale,
             drop_below, keep_scale,
             NORMALIZE=normalize, TANH=tanh, TANH_INPUT=tanh_input,
@@ -364,8 +360,7 @@ def sparse_linear_fwd(
 
 
 def sparse_linear_bwd_weight(
-    dpre: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None,
-    seed: Tensor | None, scale: Tensor, n_items: int,
+    dpre: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor, n_items: int,
     *, dropout: float, tanh_input: bool, deterministic: bool,
     tile: tiles.ClickTile | None = None, item_tile: tiles.ItemTile | None = None,
 ) -> Tensor:  # fmt: skip
@@ -387,25 +382,26 @@ def sparse_linear_bwd_weight(
     dweight = allocate(n_items, n_hidden, dtype=torch.float32, device=dpre.device)
     if n_users == 0 or n_items == 0:
         return dweight
-    chip = tiles.chip_of(dpre.device)
+    table = tiles.of(dpre.device)
     seed, drop_below, _ = _dropout_arguments(seed, dropout)
     flags = dict(STRIDE_DPRE_U=dpre.stride(0), STRIDE_DPRE_D=dpre.stride(1))
     flags |= dict(TANH_INPUT=tanh_input, N_HIDDEN=n_hidden)
     with tiles.device_guard(dpre):
         if not ordered:
-            tile = tile or tiles.sparse_linear_backward_tile(chip)
+            tile = tile or table.sparse_backward
             block_d, n_blocks, num_warps = _cut(tile, n_hidden)
             _sparse_linear_bwd_weight_kernel[(n_users * n_blocks,)](
-                indptr, indices, values, rows, dpre, seed, scale,
+                *csr, dpre, seed, scale,
                 dweight,
                 drop_below,
                 **flags, N_PARTS=n_blocks, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
             )  # fmt: skip
             return dweight
-        item_tile = item_tile or tiles.sparse_linear_item_tile(chip)
+        item_tile = item_tile or table.sparse_item
         block_d, n_blocks, num_warps = _cut(item_tile, n_hidden)
         n_words = triton.cdiv(n_users, 32)
         marks = torch.zeros(n_items, n_words, dtype=torch.int32, device=dpre.device)
+        indptr, indices, _, rows = csr
         _mark_clicks_kernel[(n_users,)](
             indptr, indices, rows, seed,
             marks,
@@ -413,7 +409,7 @@ def sparse_linear_bwd_weight(
             BLOCK_NNZ=tiles.CLICKS_PER_BLOCK, num_warps=4,
         )  # fmt: skip
         _sparse_linear_bwd_weight_ordered_kernel[(n_items * n_blocks,)](
-            indptr, indices, values, rows, dpre, scale, marks,
+            *csr, dpre, scale, marks,
             dweight,
             n_words,
             **flags, BLOCK_WORDS=item_tile.block_words, BLOCK_U=item_tile.block_u, BLOCK_D=block_d, num_warps=num_warps,
@@ -422,8 +418,7 @@ def sparse_linear_bwd_weight(
 
 
 def sparse_linear_bwd_values(
-    dpre: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor | None,
-    seed: Tensor | None, scale: Tensor,
+    dpre: Tensor, weight: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor,
     *, dropout: float, normalize: bool, tanh_input: bool, tile: tiles.ClickTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the kernel of the values' gradient. Arguments are already checked by fastvae.ops.
@@ -434,7 +429,8 @@ def sparse_linear_bwd_values(
     returns  dvalues [nnz] fp32, of the whole matrix: 0 outside the batch, the sum over users of the same row
     """
     n_users, n_hidden = dpre.shape
-    tile = tile or tiles.sparse_linear_backward_tile(tiles.chip_of(dpre.device))
+    indptr, indices, values, rows = csr
+    tile = tile or tiles.of(dpre.device).sparse_backward
     block_d, _, num_warps = _cut(tile, n_hidden)
     dvalues = torch.zeros(len(indices), dtype=torch.float32, device=dpre.device)
     if n_users == 0:

@@ -1,8 +1,8 @@
 """Launch configurations: a fixed table by chip and shape. Nothing is tuned at run time.
 
-A chip is a row of the table: "sm_75", "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" for tensors on the CPU, which only
-Triton's interpreter can run. A card of another generation takes the newest row that its instructions and its shared
-memory allow. `python -m bench resources` compiles every entry for its chip and prints what it costs.
+A chip is a row of the table, and holds all its tiles. A card of another generation takes the newest row that its
+instructions and its shared memory allow. `python -m bench resources` compiles every entry for its chip and prints what
+it costs.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHIPS = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 MANY_USERS = 2048  # from here on the widest GEMM tile still fills every multiprocessor
 
 
@@ -53,59 +52,112 @@ class ItemTile(NamedTuple):
     num_warps: int
 
 
-# by chip and kind of product; a tile for few users, and one for many
-_GEMM = {
-    # its tensor cores are beyond the compiler: plain arithmetic for every kind
-    **{
-        ("sm_75", kind): (GemmTile(64, 64, 16, 16, 4, 3),) * 2
-        for kind in ("bf16", "fp16", "tf32", "ieee")
-    },
-    ("sm_80", "bf16"): (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
-    ("sm_80", "fp16"): (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
-    ("sm_80", "tf32"): (GemmTile(64, 128, 32, 16, 4, 4), GemmTile(128, 128, 32, 16, 8, 4)),
-    ("sm_80", "ieee"): (GemmTile(64, 64, 16, 16, 4, 3),) * 2,
-    ("sm_90", "bf16"): (GemmTile(128, 128, 64, 16, 8, 3), GemmTile(128, 256, 64, 16, 8, 3)),
-    ("sm_90", "fp16"): (GemmTile(128, 128, 64, 16, 8, 3),) * 2,
-    ("sm_90", "tf32"): (GemmTile(128, 128, 32, 16, 8, 3),) * 2,
-    ("sm_90", "ieee"): (GemmTile(64, 64, 16, 16, 4, 3),) * 2,
-    ("sm_100", "bf16"): (GemmTile(128, 128, 64, 16, 8, 3),) * 2,
-    ("sm_100", "fp16"): (GemmTile(128, 128, 64, 16, 8, 3),) * 2,
-    ("sm_100", "tf32"): (GemmTile(128, 128, 32, 16, 8, 3),) * 2,
-    ("sm_100", "ieee"): (GemmTile(64, 64, 16, 16, 4, 3),) * 2,
-    ("gfx942", "bf16"): (GemmTile(128, 128, 32, 16, 4, 2),) * 2,
-    ("gfx942", "fp16"): (GemmTile(128, 128, 32, 16, 4, 2),) * 2,
-    ("gfx942", "tf32"): (GemmTile(64, 64, 32, 16, 4, 2),) * 2,
-    ("gfx942", "ieee"): (GemmTile(64, 64, 32, 16, 4, 2),) * 2,
-}
-_INTERPRETER_GEMM = GemmTile(16, 64, 32, 2, 4, 1)
+class ChipTiles(NamedTuple):
+    """A row of the table: all that is launched on one chip."""
 
-_FORWARD_ROW = RowTile(block_i=4096, split_i=65_536, block_nnz=256, num_warps=8)
-_BACKWARD_ROW = RowTile(block_i=2048, split_i=16_384, block_nnz=256, num_warps=8)
-_GFX942_BACKWARD_ROW = RowTile(block_i=4096, split_i=16_384, block_nnz=256, num_warps=8)
-_INTERPRETER_ROW = RowTile(block_i=64, split_i=256, block_nnz=16, num_warps=4)
+    gemm: dict[str, tuple[GemmTile, GemmTile]]  # by kind of product: for few users, for many
+    fused: tuple[
+        str, ...
+    ]  # kinds whose exponential is folded into our own GEMM; else the GEMM is torch's
+    forward_row: RowTile  # multinomial_nll
+    backward_row: RowTile
+    stored_clicks: ClickTile  # linear_multinomial_nll's clicks, one number each
+    gathered_clicks: ClickTile  # and where each has to gather a weight row
+    sparse_forward: dict[int, ClickTile]  # sparse_linear, by bytes of a weight
+    sparse_backward: ClickTile  # its gradients that go through the clicks of a user
+    sparse_item: ItemTile  # its ordered weight gradient, which goes through the users of an item
 
-# no fewer clicks than threads: a click read twice could be read after it was changed
-_STORED_CLICKS = ClickTile(block_nnz=512, block_d=8, num_warps=4)
-_GATHERED_CLICKS = ClickTile(block_nnz=64, block_d=32, num_warps=4)
-_INTERPRETER_CLICKS = ClickTile(block_nnz=16, block_d=32, num_warps=4)
+    def gemm_tile(self, kind: str, n_users: int) -> GemmTile:
+        """Tile of linear_multinomial_nll's GEMM."""
+        return self.gemm[kind][n_users >= MANY_USERS]
 
-# sparse_linear; block_nnz is at most 64, the bits of a word of its keep mask. A warp reads 512 bytes of a weight row,
-# a thread eight rows at once; a warp of gfx942 has 64 threads and takes two rows
-_SPARSE_LINEAR_FORWARD = {
-    2: ClickTile(block_nnz=32, block_d=256, num_warps=4),
-    4: ClickTile(block_nnz=32, block_d=128, num_warps=4),
-}
-_SPARSE_LINEAR_BACKWARD = ClickTile(block_nnz=16, block_d=128, num_warps=2)
-_SPARSE_LINEAR_ITEM = ItemTile(block_words=64, block_u=8, block_d=128, num_warps=1)
-_GFX942_SPARSE_LINEAR_FORWARD = {
-    size: tile._replace(num_warps=2) for size, tile in _SPARSE_LINEAR_FORWARD.items()
-}
-_GFX942_SPARSE_LINEAR_BACKWARD = ClickTile(block_nnz=16, block_d=128, num_warps=1)
-_GFX942_SPARSE_LINEAR_ITEM = ItemTile(block_words=64, block_u=8, block_d=256, num_warps=1)
-_INTERPRETER_SPARSE_LINEAR = ClickTile(block_nnz=16, block_d=256, num_warps=4)
-_INTERPRETER_SPARSE_LINEAR_ITEM = ItemTile(block_words=2, block_u=8, block_d=256, num_warps=1)
+
+def _same(tile: GemmTile, *kinds: str) -> dict[str, tuple[GemmTile, GemmTile]]:
+    return {kind: (tile, tile) for kind in kinds}
+
+
 # of kernels that read one number a click, with four warps: no fewer than threads, so that none is read by two of them
 CLICKS_PER_BLOCK = 256
+# without a tensor core the compiler's product is far behind the vendor library's, by more than a saved pass
+_TENSOR_CORE = ("bf16", "fp16", "tf32")
+_PLAIN = GemmTile(64, 64, 16, 16, 4, 3)
+
+_SM_80 = ChipTiles(
+    gemm={
+        "bf16": (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
+        "fp16": (GemmTile(64, 128, 64, 16, 4, 4), GemmTile(128, 128, 64, 16, 8, 4)),
+        "tf32": (GemmTile(64, 128, 32, 16, 4, 4), GemmTile(128, 128, 32, 16, 8, 4)),
+        **_same(_PLAIN, "ieee"),
+    },
+    fused=_TENSOR_CORE,
+    forward_row=RowTile(block_i=4096, split_i=65_536, block_nnz=256, num_warps=8),
+    backward_row=RowTile(block_i=2048, split_i=16_384, block_nnz=256, num_warps=8),
+    # no fewer clicks than threads: a click read twice could be read after it was changed
+    stored_clicks=ClickTile(block_nnz=512, block_d=8, num_warps=4),
+    gathered_clicks=ClickTile(block_nnz=64, block_d=32, num_warps=4),
+    # block_nnz is at most 64, the bits of a word of the keep mask. A warp reads 512 bytes of a weight row, a thread
+    # eight rows at once
+    sparse_forward={
+        2: ClickTile(block_nnz=32, block_d=256, num_warps=4),
+        4: ClickTile(block_nnz=32, block_d=128, num_warps=4),
+    },
+    sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=2),
+    sparse_item=ItemTile(block_words=64, block_u=8, block_d=128, num_warps=1),
+)
+_SM_90 = _SM_80._replace(
+    gemm={
+        "bf16": (GemmTile(128, 128, 64, 16, 8, 3), GemmTile(128, 256, 64, 16, 8, 3)),
+        **_same(GemmTile(128, 128, 64, 16, 8, 3), "fp16"),
+        **_same(GemmTile(128, 128, 32, 16, 8, 3), "tf32"),
+        **_same(_PLAIN, "ieee"),
+    }
+)
+_GFX942 = _SM_80._replace(
+    gemm={
+        **_same(GemmTile(128, 128, 32, 16, 4, 2), "bf16", "fp16"),
+        **_same(GemmTile(64, 64, 32, 16, 4, 2), "tf32", "ieee"),
+    },
+    backward_row=RowTile(block_i=4096, split_i=16_384, block_nnz=256, num_warps=8),
+    # its warps have 64 threads and take two weight rows at once
+    sparse_forward={
+        2: ClickTile(block_nnz=32, block_d=256, num_warps=2),
+        4: ClickTile(block_nnz=32, block_d=128, num_warps=2),
+    },
+    sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=1),
+    sparse_item=ItemTile(block_words=64, block_u=8, block_d=256, num_warps=1),
+)
+_INTERPRETER_CLICKS = ClickTile(block_nnz=16, block_d=32, num_warps=4)
+_INTERPRETER_SPARSE = ClickTile(block_nnz=16, block_d=256, num_warps=4)
+_INTERPRETER_ROW = RowTile(block_i=64, split_i=256, block_nnz=16, num_warps=4)
+
+TABLE = {
+    # its tensor cores are beyond the compiler: plain arithmetic for every kind
+    "sm_75": _SM_80._replace(gemm=_same(_PLAIN, *_TENSOR_CORE, "ieee"), fused=()),
+    "sm_80": _SM_80,
+    "sm_90": _SM_90,
+    "sm_100": _SM_90._replace(
+        gemm=_SM_90.gemm | _same(GemmTile(128, 128, 64, 16, 8, 3), "bf16"),
+    ),
+    "gfx942": _GFX942,
+    # tensors on the CPU, which only Triton's interpreter can run: small tiles, so that small shapes have several
+    "interpreter": ChipTiles(
+        gemm=_same(GemmTile(16, 64, 32, 2, 4, 1), *_TENSOR_CORE, "ieee"),
+        fused=(*_TENSOR_CORE, "ieee"),
+        forward_row=_INTERPRETER_ROW,
+        backward_row=_INTERPRETER_ROW,
+        stored_clicks=_INTERPRETER_CLICKS,
+        gathered_clicks=_INTERPRETER_CLICKS,
+        sparse_forward={2: _INTERPRETER_SPARSE, 4: _INTERPRETER_SPARSE},
+        sparse_backward=_INTERPRETER_SPARSE,
+        sparse_item=ItemTile(block_words=2, block_u=8, block_d=256, num_warps=1),
+    ),
+}
+CHIPS = tuple(chip for chip in TABLE if chip != "interpreter")
+
+
+def of(device: torch.device) -> ChipTiles:
+    """The device's row of the table."""
+    return TABLE[chip_of(device)]
 
 
 def chip_of(device: torch.device) -> str:
@@ -130,61 +182,11 @@ def product_kind(dtype: torch.dtype, allow_tf32: bool) -> str:
     return half.get(dtype, "tf32" if allow_tf32 else "ieee")
 
 
-def gemm_tile(chip: str, kind: str, n_users: int) -> GemmTile:
-    """Tile of linear_multinomial_nll's GEMM."""
-    if chip == "interpreter":
-        return _INTERPRETER_GEMM
-    return _GEMM[chip, kind][n_users >= MANY_USERS]
-
-
-def fuses(chip: str, kind: str) -> bool:
-    """Whether linear_multinomial_nll folds the exponential into its own GEMM, or leaves the GEMM to torch.
-
-    Without a tensor core the compiler's product is far behind the vendor library's, by more than a saved pass.
-    """
-    return chip == "interpreter" or (kind != "ieee" and chip != "sm_75")
-
-
-def forward_row_tile(chip: str) -> RowTile:
-    """Tile of multinomial_nll's forward kernels."""
-    return _INTERPRETER_ROW if chip == "interpreter" else _FORWARD_ROW
-
-
-def backward_row_tile(chip: str) -> RowTile:
-    """Tile of multinomial_nll's backward kernel."""
-    special = {"interpreter": _INTERPRETER_ROW, "gfx942": _GFX942_BACKWARD_ROW}
-    return special.get(chip, _BACKWARD_ROW)
-
-
-def click_tile(chip: str, stored: bool) -> ClickTile:
-    """Tile of linear_multinomial_nll's click kernel: stored reads one number a click, otherwise a weight row."""
-    if chip == "interpreter":
-        return _INTERPRETER_CLICKS
-    return _STORED_CLICKS if stored else _GATHERED_CLICKS
-
-
-def sparse_linear_forward_tile(chip: str, dtype: torch.dtype) -> ClickTile:
-    """Tile of sparse_linear's forward kernel, by the weights' dtype."""
-    if chip == "interpreter":
-        return _INTERPRETER_SPARSE_LINEAR
-    by_size = _GFX942_SPARSE_LINEAR_FORWARD if chip == "gfx942" else _SPARSE_LINEAR_FORWARD
-    return by_size[dtype.itemsize]
-
-
-def sparse_linear_backward_tile(chip: str) -> ClickTile:
-    """Tile of sparse_linear's gradients that go through the clicks of a user."""
-    if chip == "interpreter":
-        return _INTERPRETER_SPARSE_LINEAR
-    return _GFX942_SPARSE_LINEAR_BACKWARD if chip == "gfx942" else _SPARSE_LINEAR_BACKWARD
-
-
-def sparse_linear_item_tile(chip: str) -> ItemTile:
-    """Tile of sparse_linear's ordered weight gradient, which goes through the users of an item."""
-    if chip == "interpreter":
-        return _INTERPRETER_SPARSE_LINEAR_ITEM
-    return _GFX942_SPARSE_LINEAR_ITEM if chip == "gfx942" else _SPARSE_LINEAR_ITEM
+_NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU current: Triton launches on the current one, whatever its arguments live on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(tensor.device)

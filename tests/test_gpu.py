@@ -18,9 +18,9 @@ from fastvae import (
     reference,
     sparse_linear,
 )
-from fastvae.ops.linear_multinomial_nll import _linear_multinomial_nll
-from fastvae.ops.multinomial_nll import _multinomial_nll
-from fastvae.ops.sparse_linear import _sparse_linear
+from fastvae.ops.linear_multinomial_nll import _LINEAR_MULTINOMIAL_NLL
+from fastvae.ops.multinomial_nll import _MULTINOMIAL_NLL
+from fastvae.ops.sparse_linear import _SPARSE_LINEAR
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -178,14 +178,16 @@ def test_opcheck():
         torch.tensor([3], device="cuda"),
         torch.randn(2, 8, device="cuda", requires_grad=True),
     )
-    torch.library.opcheck(_sparse_linear, (*csr, weight, None, seed, 0.5, True, True, False))
     torch.library.opcheck(
-        _multinomial_nll, (torch.randn(2, 12, device="cuda", requires_grad=True), *csr)
+        _SPARSE_LINEAR.registered, (*csr, weight, None, seed, 0.5, True, True, False)
+    )
+    torch.library.opcheck(
+        _MULTINOMIAL_NLL.registered, (torch.randn(2, 12, device="cuda", requires_grad=True), *csr)
     )
     last = torch.randn(12, 8, device="cuda", requires_grad=True)
     for compute in (torch.float32, torch.bfloat16):
         torch.library.opcheck(
-            _linear_multinomial_nll, (hidden, last, None, *csr, compute, True, 2**32)
+            _LINEAR_MULTINOMIAL_NLL.registered, (hidden, last, None, *csr, compute, True, 2**32)
         )
 
 

@@ -31,9 +31,9 @@ sys.modules["triton"] = None  # what import triton sees where it is not installe
 FALLBACK = """
 assert fastvae.has_triton() is False
 import torch
-from fastvae.ops._checks import kernels_of
+from fastvae.ops.sparse_linear import _SPARSE_LINEAR
 try:
-    kernels_of("sparse_linear")
+    _SPARSE_LINEAR.cuda(*[None] * 11)
 except RuntimeError as error:
     print(error)
 """

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, linear_multinomial_nll, reference
-from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM, _linear_multinomial_nll
+from fastvae.ops.linear_multinomial_nll import _LINEAR_MULTINOMIAL_NLL, ITEMS_PER_GEMM
 
 SHAPES = [
     pytest.param([], 5, 3, id="no-users"),
@@ -149,9 +149,12 @@ def test_gradcheck_and_opcheck():
     csr = (clicks.indptr, clicks.indices, clicks.values, clicks.row_ids)
     leaves = [t.detach().float().requires_grad_() for t in leaves]
     for compute in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(_linear_multinomial_nll, (*leaves, *csr, compute, True, 2**32))
+        torch.library.opcheck(
+            _LINEAR_MULTINOMIAL_NLL.registered, (*leaves, *csr, compute, True, 2**32)
+        )
     torch.library.opcheck(
-        _linear_multinomial_nll, (*(t.detach() for t in leaves), *csr, torch.float32, False, 2**32)
+        _LINEAR_MULTINOMIAL_NLL.registered,
+        (*(t.detach() for t in leaves), *csr, torch.float32, False, 2**32),
     )
 
 

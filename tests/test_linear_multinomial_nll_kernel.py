@@ -21,7 +21,7 @@ from fastvae.kernels.linear_multinomial_nll import (
 
 TILE = tiles.GemmTile(block_u=16, block_i=64, block_d=32, group_u=2, num_warps=4, num_stages=1)
 BLOCK_U, BLOCK_I, BLOCK_D, GROUP_U = TILE[:4]
-BLOCK_NNZ = tiles.click_tile("interpreter", stored=True).block_nnz
+BLOCK_NNZ = tiles.TABLE["interpreter"].stored_clicks.block_nnz
 N_PROBE = 64  # fewer than in earnest: the tests that need unprobed items stay small
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "torch-gemm"])
 SHAPES = [  # clicks of each user, items, hidden units
@@ -63,7 +63,7 @@ def few_probed(monkeypatch):
 def csr(clicks):
     """A Clicks as the launchers take it."""
     clicks = clicks.to(DEVICE)
-    return clicks.indptr, clicks.indices, clicks.values, clicks.row_ids
+    return clicks.csr
 
 
 def random_layer(n_users, n_items, n_hidden, dtype=torch.float32, bias=True):
@@ -77,10 +77,10 @@ def random_layer(n_users, n_items, n_hidden, dtype=torch.float32, bias=True):
 def run(layer, clicks, dnll, **options):
     """nll and the gradients of hidden, weight and, where there is one, bias by the kernels."""
     options = {"tile": TILE} | options
-    nll, scale, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), **options)
+    nll, scale, d = linear_multinomial_nll_fwd(*layer, csr(clicks), **options)
     options.pop("needs_grad", None)
     needs = (True, True, layer[2] is not None)
-    grads = linear_multinomial_nll_bwd(*layer, *csr(clicks), scale, d, dnll, needs=needs, **options)
+    grads = linear_multinomial_nll_bwd(*layer, csr(clicks), scale, d, dnll, needs=needs, **options)
     return [nll, *(g for g in grads if g is not None)]
 
 
@@ -160,7 +160,7 @@ def test_a_click_far_below_the_peak_by_hand(fused, dtype):
     assert dhidden.tolist() == [[100]]
     assert dweight.tolist() == [[1], [-1]]
     assert dbias.tolist() == [1, -1]
-    nll, _, _ = linear_multinomial_nll_fwd(*layer, *csr(clicks), needs_grad=False, tile=TILE)
+    nll, _, _ = linear_multinomial_nll_fwd(*layer, csr(clicks), needs_grad=False, tile=TILE)
     assert nll.item() == 102
 
 
@@ -197,7 +197,7 @@ def test_a_row_whose_largest_logits_the_probe_has_missed(above, dtype):
     dnll = torch.randn(BLOCK_U + 3, device=DEVICE)
     nll, *_ = check((hidden, weight, bias), clicks, dnll, fused=True)
     layer = (hidden, weight, bias)
-    without, _, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), needs_grad=False, tile=TILE)
+    without, _, d = linear_multinomial_nll_fwd(*layer, csr(clicks), needs_grad=False, tile=TILE)
     assert len(d) == 0
     torch.testing.assert_close(without, nll, rtol=1e-6, atol=0)
 
@@ -221,11 +221,11 @@ def test_without_gradients_the_same_loss_and_no_large_tensor(dtype, bias):
     n_users, n_items = 20, 3 * PAD
     layer = random_layer(n_users, n_items, 8, dtype, bias)
     clicks = random_clicks([0, 40] + [3] * (n_users - 2), n_items, counts=True)
-    nll, _, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), tile=TILE)
+    nll, _, d = linear_multinomial_nll_fwd(*layer, csr(clicks), tile=TILE)
     assert d.shape == (n_users, n_items)
     arguments = csr(clicks)
     with Allocations() as allocations:
-        without, _, d = linear_multinomial_nll_fwd(*layer, *arguments, needs_grad=False, tile=TILE)
+        without, _, d = linear_multinomial_nll_fwd(*layer, arguments, needs_grad=False, tile=TILE)
     assert d.shape == (0, n_items)
     assert allocations.largest < n_users * n_items * 2
     torch.testing.assert_close(without, nll, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=0)
@@ -267,10 +267,10 @@ def test_a_second_backward_and_nothing_written(fused):
     layer = random_layer(5, 70, 8, torch.float16)
     before = [t.clone() for t in layer]
     clicks, dnll = random_clicks([5, 0, 30, 1, 9], 70), torch.randn(5, device=DEVICE)
-    _, scale, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), fused=fused, tile=TILE)
+    _, scale, d = linear_multinomial_nll_fwd(*layer, csr(clicks), fused=fused, tile=TILE)
     kept = d.clone()
-    first = linear_multinomial_nll_bwd(*layer, *csr(clicks), scale, d, dnll, tile=TILE)
-    second = linear_multinomial_nll_bwd(*layer, *csr(clicks), scale, d, dnll, tile=TILE)
+    first = linear_multinomial_nll_bwd(*layer, csr(clicks), scale, d, dnll, tile=TILE)
+    second = linear_multinomial_nll_bwd(*layer, csr(clicks), scale, d, dnll, tile=TILE)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(d[:, :70], kept[:, :70])
     assert all(torch.equal(a, b) for a, b in zip(layer, before, strict=True))
@@ -278,7 +278,7 @@ def test_a_second_backward_and_nothing_written(fused):
 
 def test_the_padding_is_zero():
     layer, clicks = random_layer(BLOCK_U + 1, 70, 8), random_clicks([2] * (BLOCK_U + 1), 70)
-    _, _, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), fused=True, tile=TILE)
+    _, _, d = linear_multinomial_nll_fwd(*layer, csr(clicks), fused=True, tile=TILE)
     assert d.shape == (BLOCK_U + 1, PAD)
     assert not d[:, 70:].any()
     torch.testing.assert_close(
@@ -318,9 +318,9 @@ def test_upstream_gradients_of_any_stride(fused):
 def test_only_what_is_asked_for(fused, asked):
     layer, clicks = random_layer(3, 70, 8), random_clicks([5, 0, 30], 70)
     dnll, needs = torch.ones(3, device=DEVICE), tuple(asked == i for i in range(3))
-    _, scale, d = linear_multinomial_nll_fwd(*layer, *csr(clicks), fused=fused, tile=TILE)
-    every = linear_multinomial_nll_bwd(*layer, *csr(clicks), scale, d, dnll, tile=TILE)
-    some = linear_multinomial_nll_bwd(*layer, *csr(clicks), scale, d, dnll, needs=needs, tile=TILE)
+    _, scale, d = linear_multinomial_nll_fwd(*layer, csr(clicks), fused=fused, tile=TILE)
+    every = linear_multinomial_nll_bwd(*layer, csr(clicks), scale, d, dnll, tile=TILE)
+    some = linear_multinomial_nll_bwd(*layer, csr(clicks), scale, d, dnll, needs=needs, tile=TILE)
     for need, a, b in zip(needs, some, every, strict=True):
         assert torch.equal(a, b) if need else a is None
 
@@ -330,7 +330,7 @@ def test_stored_zeros_count_for_nothing():
     indptr, indices = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1], dtype=torch.int32)
     arrays = [t.to(DEVICE) for t in (indptr, indices, torch.tensor([0.0, 1.0, 0.0]))]
     layer = (torch.ones(2, 1, device=DEVICE), torch.zeros(3, 1, device=DEVICE), None)
-    nll, scale, d = linear_multinomial_nll_fwd(*layer, *arrays, None, fused=True, tile=TILE)
+    nll, scale, d = linear_multinomial_nll_fwd(*layer, (*arrays, None), fused=True, tile=TILE)
     assert nll.tolist() == pytest.approx([math.log(3), 0])
     assert (d[:, :3] * scale[:, None]).flatten().tolist() == pytest.approx(
         [1 / 3, 1 / 3, -2 / 3, 0, 0, 0]
@@ -343,16 +343,17 @@ def test_a_bad_row_is_loud_and_alone(needs_grad):
     hidden[1, 3] = math.nan
     clicks = random_clicks([3, 3, 3], 70)
     options = {"needs_grad": needs_grad, "fused": True, "tile": TILE}
-    nll, _, _ = linear_multinomial_nll_fwd(hidden, weight, bias, *csr(clicks), **options)
+    nll, _, _ = linear_multinomial_nll_fwd(hidden, weight, bias, csr(clicks), **options)
     assert nll.isnan().tolist() == [False, True, False]
 
 
 def test_the_tiles_of_the_table(monkeypatch):
     # the wide tile reaches past the padded width, the click tile past the rows
     layer, clicks = random_layer(3, PAD - 5, 600), random_clicks([70, 0, 7], PAD - 5, counts=True)
-    for stored in (True, False):
-        tile = tiles.click_tile("sm_90", stored)
-        monkeypatch.setattr(tiles, "click_tile", lambda chip, stored, tile=tile: tile)
+    wanted, here = tiles.TABLE["sm_90"], tiles.of(torch.device(DEVICE))
+    for tile in (wanted.stored_clicks, wanted.gathered_clicks):
+        row = here._replace(stored_clicks=tile, gathered_clicks=tile)
+        monkeypatch.setattr(tiles, "of", lambda device, row=row: row)
         check(layer, clicks, torch.randn(3, device=DEVICE), fused=True, allow_tf32=DEVICE == "cpu",
               tile=tiles.GemmTile(64, 256, 64, 16, 8, 2))  # fmt: skip
         monkeypatch.undo()
@@ -374,7 +375,7 @@ def test_1024_users_of_2_100_000_items_apart():
     last = [0, 1022, 1023]
     hidden, weight, bias = layer
     expected = linear_multinomial_nll_fwd(
-        hidden[last], weight, bias, *csr(clicks.rows(last)), fused=True
+        hidden[last], weight, bias, csr(clicks.rows(last)), fused=True
     )
     for actual, wanted in zip((nll, v, e), expected, strict=True):
         torch.testing.assert_close(actual[last], wanted)

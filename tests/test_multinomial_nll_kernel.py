@@ -34,13 +34,13 @@ SHAPES = [
 def csr(clicks):
     """A Clicks as the launchers take it."""
     clicks = clicks.to(DEVICE)
-    return clicks.indptr, clicks.indices, clicks.values, clicks.row_ids
+    return clicks.csr
 
 
 def run(logits, clicks, dnll, tile=TILE, inplace=False):
     """nll and dlogits by the kernels."""
-    nll, lse = multinomial_nll_fwd(logits, *csr(clicks), tile=tile)
-    return nll, multinomial_nll_bwd(logits, lse, dnll, *csr(clicks), inplace=inplace, tile=tile)
+    nll, lse = multinomial_nll_fwd(logits, csr(clicks), tile=tile)
+    return nll, multinomial_nll_bwd(logits, lse, dnll, csr(clicks), inplace=inplace, tile=tile)
 
 
 def by_torch(logits, x, dnll, dtype):
@@ -146,20 +146,20 @@ def test_excluded_items_take_no_part():
 def test_half_precision_sums_do_not_overflow():
     nll, lse = multinomial_nll_fwd(
         torch.zeros(1, 100_000, dtype=torch.float16, device=DEVICE),
-        *csr(Clicks([0, 1], [99_999], n_items=100_000)),
-        tile=tiles.forward_row_tile("sm_90"),
+        csr(Clicks([0, 1], [99_999], n_items=100_000)),
+        tile=tiles.TABLE["sm_90"].forward_row,
     )
     assert nll.item() == pytest.approx(math.log(100_000), rel=1e-6)
     assert lse[:, 0].tolist() == pytest.approx([0, math.log(100_000)], rel=1e-6)
 
 
 def test_the_tiles_of_the_table():
-    n_items = tiles.backward_row_tile("sm_90").split_i + 100
+    n_items = tiles.TABLE["sm_90"].backward_row.split_i + 100
     clicks = random_clicks([300, 0, 7], n_items, counts=True)
     logits, dnll = random_logits(3, n_items), torch.randn(3, device=DEVICE)
-    nll, lse = multinomial_nll_fwd(logits, *csr(clicks), tile=tiles.forward_row_tile("sm_90"))
-    tile = tiles.backward_row_tile("sm_90")
-    dlogits = multinomial_nll_bwd(logits, lse, dnll, *csr(clicks), tile=tile)
+    nll, lse = multinomial_nll_fwd(logits, csr(clicks), tile=tiles.TABLE["sm_90"].forward_row)
+    tile = tiles.TABLE["sm_90"].backward_row
+    dlogits = multinomial_nll_bwd(logits, lse, dnll, csr(clicks), tile=tile)
     truth = by_torch(logits, clicks.to_dense(), dnll, torch.float64)
     same = by_torch(logits, clicks.to_dense(), dnll, torch.float32)
     assert_as_accurate_as_torch(nll, same[0], truth[0])
@@ -200,10 +200,10 @@ def test_stored_zeros_count_for_nothing():
     values = torch.tensor([0.0, 1.0, 0.0])
     arrays = [t.to(DEVICE) for t in (indptr, indices, values)]
     logits = torch.zeros(2, 3, device=DEVICE)
-    nll, lse = multinomial_nll_fwd(logits, *arrays, None, tile=TILE)
+    nll, lse = multinomial_nll_fwd(logits, (*arrays, None), tile=TILE)
     assert nll.tolist() == pytest.approx([math.log(3), 0])
     dlogits = multinomial_nll_bwd(
-        logits, lse, torch.ones(2, device=DEVICE), *arrays, None, tile=TILE
+        logits, lse, torch.ones(2, device=DEVICE), (*arrays, None), tile=TILE
     )
     third = 1 / 3
     assert dlogits.flatten().tolist() == pytest.approx([third, third, third - 1, 0, 0, 0])
@@ -228,9 +228,9 @@ def test_1024_users_of_2_100_000_items_apart():
     # by strides: row 1023 starts at 2,148,300,000, beyond 32 bits
     logits = far_logits(1024, 5, 2_100_000)
     clicks = random_clicks([2] * 1024, 5)
-    nll, lse = multinomial_nll_fwd(logits, *csr(clicks), tile=TILE)
+    nll, lse = multinomial_nll_fwd(logits, csr(clicks), tile=TILE)
     last = [0, 1022, 1023]
-    one = multinomial_nll_fwd(logits[last].contiguous(), *csr(clicks.rows(last)), tile=TILE)
+    one = multinomial_nll_fwd(logits[last].contiguous(), csr(clicks.rows(last)), tile=TILE)
     assert torch.equal(nll[last], one[0])
     assert torch.equal(lse[:, last], one[1])
 

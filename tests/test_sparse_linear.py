@@ -8,7 +8,7 @@ import torch
 from helpers import assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, reference, sparse_linear
-from fastvae.ops.sparse_linear import ITEMS_PER_BLOCK, _sparse_linear
+from fastvae.ops.sparse_linear import _SPARSE_LINEAR, ITEMS_PER_BLOCK
 
 LENGTHS = [
     pytest.param([], 5, id="no-users"),
@@ -113,7 +113,7 @@ def test_opcheck(counts, bias, dropout):
     view = clicks.rows([2, 0])
     seed = torch.tensor([1]) if dropout else None
     arguments = (view.indptr, view.indices, view.values, view.row_ids, weight, b, seed)
-    torch.library.opcheck(_sparse_linear, (*arguments, dropout, True, True, False))
+    torch.library.opcheck(_SPARSE_LINEAR.registered, (*arguments, dropout, True, True, False))
 
 
 def test_normalise_first_then_dropout():

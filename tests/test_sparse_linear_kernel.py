@@ -98,7 +98,7 @@ def no_access_out_of_bounds(monkeypatch):
 def csr(clicks):
     """A Clicks as the launchers take it: indptr, indices, values, rows."""
     clicks = clicks.to(DEVICE)
-    return clicks.indptr, clicks.indices, clicks.values, clicks.row_ids
+    return clicks.csr
 
 
 def seed_tensor(seed):
@@ -115,7 +115,7 @@ def random_layer(n_items, n_hidden, dtype=torch.float32, bias=True):
 def forward(clicks, weight, bias=None, seed=SEED, tile=TILE, item_tile=None, **options):
     """y and scale by the kernel."""
     options = OPTIONS | options
-    return sparse_linear_fwd(*csr(clicks), weight, bias, seed_tensor(seed), **options, tile=tile)
+    return sparse_linear_fwd(csr(clicks), weight, bias, seed_tensor(seed), **options, tile=tile)
 
 
 def weight_gradient(
@@ -124,7 +124,7 @@ def weight_gradient(
     """dweight by the kernels."""
     options = OPTIONS | options
     return sparse_linear_bwd_weight(
-        dpre, *csr(clicks), seed_tensor(seed), scale, clicks.n_items, deterministic=deterministic,
+        dpre, csr(clicks), seed_tensor(seed), scale, clicks.n_items, deterministic=deterministic,
         dropout=options["dropout"], tanh_input=options["tanh_input"], tile=tile, item_tile=item_tile,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def value_gradient(dpre, weight, clicks, scale, seed=SEED, tile=TILE, item_tile=
     options = OPTIONS | options
     del options["tanh"]
     return sparse_linear_bwd_values(
-        dpre, weight, *csr(clicks), seed_tensor(seed), scale, **options, tile=tile
+        dpre, weight, csr(clicks), seed_tensor(seed), scale, **options, tile=tile
     )
 
 
@@ -248,11 +248,11 @@ def test_ordered_gradient_of_users_around_a_word_and_a_block(n_users, counts):
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
 def test_the_tiles_of_the_table(chip):
-    tile = tiles.sparse_linear_forward_tile(chip, torch.float32)
+    tile = tiles.TABLE[chip].sparse_forward[4]
     clicks = random_clicks([tile.block_nnz + 1, 0], tile.block_nnz + 1, counts=True)
     weight, bias = random_layer(clicks.n_items, tile.block_d + 2)
-    check(clicks, weight, bias, tile=tile, item_tile=tiles.sparse_linear_item_tile(chip))
-    check(clicks, weight, bias, tile=tiles.sparse_linear_backward_tile(chip))
+    check(clicks, weight, bias, tile=tile, item_tile=tiles.TABLE[chip].sparse_item)
+    check(clicks, weight, bias, tile=tiles.TABLE[chip].sparse_backward)
 
 
 def test_the_table_by_default():
@@ -645,13 +645,13 @@ def test_a_cuda_graph_follows_rows_and_seed():
 
     def step():
         arrays = indptr, indices, values, rows
-        y, scale = sparse_linear_fwd(*arrays, weight, bias, seed, **OPTIONS)
+        y, scale = sparse_linear_fwd(arrays, weight, bias, seed, **OPTIONS)
         options = {"dropout": 0.5, "tanh_input": False}
         dweight = sparse_linear_bwd_weight(
-            dpre, *arrays, seed, scale, 300, deterministic=True, **options
+            dpre, arrays, seed, scale, 300, deterministic=True, **options
         )
         dvalues = sparse_linear_bwd_values(
-            dpre, weight, *arrays, seed, scale, normalize=True, **options
+            dpre, weight, arrays, seed, scale, normalize=True, **options
         )
         return y, dweight, dvalues
 

@@ -1,6 +1,6 @@
 """The ops: one file each, named as in kernels/ and in reference.py."""
 
-from ._checks import has_triton
+from ._dispatch import has_triton
 from .linear_multinomial_nll import linear_multinomial_nll
 from .multinomial_nll import multinomial_nll
 from .sparse_linear import sparse_linear

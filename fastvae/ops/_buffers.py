@@ -9,11 +9,12 @@ import threading
 import torch
 from torch import Tensor
 
-MIN_BYTES, MAX_BYTES = (
-    2**20,
-    2**28,
-)  # malloc recycles smaller ones; larger ones are not worth keeping
-KEPT_PER_DTYPE = 4  # one [n_users, n_items], two weight gradients, and one to spare
+# malloc recycles smaller ones; larger ones are not worth keeping
+MIN_BYTES, MAX_BYTES = 2**20, 2**28
+# one [n_users, n_items], two weight gradients, and one to spare
+KEPT_PER_DTYPE = 4
+# torch's only way to ask who holds a storage is private; where it is gone, nothing is recycled
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 _pool: dict[torch.dtype, list[Tensor]] = {}
 _lock = threading.Lock()
@@ -22,16 +23,15 @@ _lock = threading.Lock()
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Like torch.empty on the CPU, from recycled memory where some is free."""
     numel = math.prod(shape)
-    if not MIN_BYTES <= numel * dtype.itemsize <= MAX_BYTES:
+    if _use_count is None or not MIN_BYTES <= numel * dtype.itemsize <= MAX_BYTES:
         return torch.empty(shape, dtype=dtype)
     with _lock:
         storage = _take(numel, dtype).untyped_storage()
         # set_ makes a tensor of its own on the storage: as long as it lives, the memory counts as held
         buffer = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
     if torch.are_deterministic_algorithms_enabled():
-        buffer.fill_(
-            math.nan
-        )  # torch.empty fills likewise then, which shows a store that was forgotten
+        # torch.empty fills likewise then, which shows a store that was forgotten
+        buffer.fill_(math.nan)
     return buffer
 
 
@@ -52,4 +52,5 @@ def _take(numel: int, dtype: torch.dtype) -> Tensor:
 
 def _holders(buffer: Tensor) -> int:
     # the storage object made here counts as one holder itself
-    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) - 1
+    assert _use_count is not None
+    return _use_count(buffer.untyped_storage()._cdata) - 1

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .._checks import check_choice
 from ..clicks import Clicks, dtype_name
 
 REDUCTIONS = ("none", "sum", "mean")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_clicks(op: str, clicks: object) -> None:
-    """TypeError unless clicks is a Clicks."""
-    if not isinstance(clicks, Clicks):
-        got = type(clicks).__name__
-        raise TypeError(f"{op}: clicks must be Clicks, got {got}; pass Clicks.from_matrix(x)")
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -63,23 +53,6 @@ def check_kernel_dtypes(op: str, **tensors: Tensor) -> None:
             )
 
 
-def has_triton() -> bool:
-    """Whether triton can be imported; only a GPU needs it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def kernels_of(op: str) -> Any:
-    """The op's module in fastvae.kernels, imported when a GPU first needs it: CPUs work without triton."""
-    try:
-        return importlib.import_module(f"fastvae.kernels.{op}")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError(
-            f"{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU"
-        ) from error
-
-
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: fp32 for everything but fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -94,10 +67,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def reduce_users(op: str, nll: Tensor, reduction: str, user_weights: Tensor | None) -> Tensor:
     """Weigh and reduce one value per user: none [n_users], sum or mean over users (scalar)."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-        )
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     if user_weights is not None:
         check_tensor(op, "user_weights", user_weights, (len(nll),))
         nll = nll * user_weights

@@ -11,31 +11,30 @@ so that dlogits = g v D and the upstream gradient g is a factor of a row: the ba
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..clicks import Clicks
+from .._checks import check_clicks, check_integer
+from ..clicks import Clicks, Csr
 from . import _buffers
 from ._checks import (
     autocast_dtype,
-    check_clicks,
     check_devices,
     check_dtypes,
     check_kernel_dtypes,
     check_tensor,
-    kernels_of,
     reduce_users,
     sum_dtype,
 )
-from .multinomial_nll import Targets, row_blocks
+from ._dispatch import Op, needing_triton
+from ._rows import Rows
+from .multinomial_nll import row_blocks
 
 # items of one product: a [500, 600] x [600, 20108] one takes 101 ms whole in fp32 and 70 ms in pieces (2 cores)
 ITEMS_PER_GEMM = 512
-ITEMS_PER_GRADIENT = (
-    1024  # a piece of a bf16 weight gradient is widened to fp32 while it is in the cache
-)
+# a piece of a bf16 weight gradient is widened to fp32 while it is in the cache
+ITEMS_PER_GRADIENT = 1024
 MAX_BYTES = 4 * 2**30
 
 
@@ -72,13 +71,12 @@ def linear_multinomial_nll(
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 2; reference: fastvae.reference.linear_multinomial_nll.
     """
     op = "linear_multinomial_nll"
-    check_clicks(op, clicks)
+    check_clicks(op, "clicks", clicks)
     check_tensor(op, "hidden", hidden, (clicks.n_users, None))
     check_tensor(op, "weight", weight, (clicks.n_items, hidden.shape[1]))
     if bias is not None:
         check_tensor(op, "bias", bias, (clicks.n_items,))
-    if max_bytes < 1:
-        raise ValueError(f"{op}: max_bytes must be at least 1, got {max_bytes}")
+    max_bytes = check_integer(op, "max_bytes", max_bytes, 1, None)
     compute = autocast_dtype(hidden.device)
     if compute is None:
         check_dtypes(op, hidden.dtype, weight=weight, bias=bias)
@@ -87,23 +85,12 @@ def linear_multinomial_nll(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    nll, *_ = _linear_multinomial_nll(
-        hidden,
-        weight,
-        bias,
-        clicks.indptr,
-        clicks.indices,
-        clicks.values,
-        clicks.row_ids,
-        compute or hidden.dtype,
-        needs_grad,
-        max_bytes,
-    )
+    compute = compute or hidden.dtype
+    nll = _LINEAR_MULTINOMIAL_NLL(hidden, weight, bias, *clicks.csr, compute, needs_grad, max_bytes)
     return reduce_users(op, nll, reduction, user_weights)
 
 
-@torch.library.custom_op("fastvae::linear_multinomial_nll", mutates_args=(), device_types="cpu")
-def _linear_multinomial_nll(
+def _linear_multinomial_nll_cpu(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,27 +109,31 @@ def _linear_multinomial_nll(
     compute = _cpu_dtype(compute)
     cast_weight = _cast(weight, compute)
     nll, v = (hidden.new_empty(len(hidden), dtype=sum_dtype(compute)) for _ in range(2))
+    csr = (indptr, indices, values, rows)
     parts = _parts(len(hidden), len(weight), compute, max_bytes)
     for part in parts:
-        targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
-        with torch.autocast("cpu", enabled=False):  # dtypes are settled
+        targets = Rows(_clicks_of(part, csr), sum_dtype(compute))
+        # dtypes are settled
+        with torch.autocast("cpu", enabled=False):
             nll[part], v[part], d = _exp_rows(hidden[part], cast_weight, bias, targets)
     if not needs_grad or len(parts) > 1:
         d = hidden.new_empty((0, len(weight)), dtype=compute)
     return nll, v, d, hidden.new_empty(0) if cast_weight is weight else cast_weight
 
 
-@_linear_multinomial_nll.register_fake
-def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes):
+def _linear_multinomial_nll_fake(
+    hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+):
     n_users, n_items = len(hidden), len(weight)
     if hidden.device.type == "cpu":
         compute = _cpu_dtype(compute)
         stored = needs_grad and len(_parts(n_users, n_items, compute, max_bytes)) == 1
         shape, dtype = (n_users if stored else 0, n_items), compute
     else:
-        kernels = kernels_of("linear_multinomial_nll")
-        shape = kernels.stored_shape(n_users, n_items, compute, needs_grad, max_bytes)
-        dtype = kernels.stored_dtype(compute)
+        with needing_triton("linear_multinomial_nll"):
+            from ..kernels.linear_multinomial_nll import stored_dtype, stored_shape
+        shape = stored_shape(n_users, n_items, compute, needs_grad, max_bytes)
+        dtype = stored_dtype(compute)
     nll, v = (hidden.new_empty((n_users,), dtype=sum_dtype(compute)) for _ in range(2))
     cast_weight = hidden.new_empty(0)
     if weight.dtype != compute:
@@ -150,10 +141,7 @@ def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, 
     return nll, v, hidden.new_empty(shape, dtype=dtype), cast_weight
 
 
-@torch.library.custom_op(
-    "fastvae::linear_multinomial_nll_backward", mutates_args=(), device_types="cpu"
-)
-def _gradients(
+def _gradients_cpu(
     dnll: Tensor,
     v: Tensor,
     d: Tensor,
@@ -179,11 +167,13 @@ def _gradients(
     parts = _parts(len(hidden), len(weight), weight.dtype, max_bytes)
     for part in parts[:1] if stored else parts:
         h, v_part = hidden[part], v[part]
-        with torch.autocast("cpu", enabled=False):  # dtypes are settled
+        # dtypes are settled
+        with torch.autocast("cpu", enabled=False):
             if not stored:
-                targets = Targets(*_clicks_of(part, indptr, indices, values, rows), len(weight))
+                targets = Rows(_clicks_of(part, (indptr, indices, values, rows)), v.dtype)
                 _, v_part, d = _exp_rows(h, weight, bias, targets)
-            factor = dnll[part] * v_part  # 0 for a user without clicks, whose D is not the gradient
+            # 0 for a user without clicks, whose D is not the gradient
+            factor = dnll[part] * v_part
             if need_hidden:
                 dhidden[part] = torch.mm(d, weight) * factor[:, None]
             if need_weight:
@@ -194,8 +184,7 @@ def _gradients(
     return dhidden, dweight, dbias
 
 
-@_gradients.register_fake
-def _(
+def _gradients_fake(
     dnll, v, d, hidden, weight, bias, indptr, indices, values, rows,
     need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
 ):  # fmt: skip
@@ -207,28 +196,29 @@ def _(
 
 
 def _exp_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """nll, v and D of some users; k is the log-sum-exp, so the exponentials are probabilities and v is N_u."""
     total = sum_dtype(weight.dtype)
     d = _logits(hidden.to(weight.dtype), weight)
     peak, highest = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
     clicked = torch.empty(len(targets.item), dtype=total)
+    flat = targets.user * len(weight) + targets.item
     for block in row_blocks(d):
         first, last = int(targets.offsets[block.start]), int(targets.offsets[block.stop])
         z = d[block].to(total)
         if bias is not None:
             z += bias
-        local = targets.flat[first:last] - block.start * len(weight)
+        local = flat[first:last] - block.start * len(weight)
         torch.take(z, local, out=clicked[first:last])
         torch.amax(z, 1, out=peak[block])
         torch.softmax(z, 1, out=z)
-        torch.amax(z, 1, out=highest[block])  # 1 / sum_i exp(logits[u, i] - peak[u])
+        # 1 / sum_i exp(logits[u, i] - peak[u])
+        torch.amax(z, 1, out=highest[block])
         if d.dtype != total:
             d[block] = z
-    n_clicks = targets.n_clicks(total)
-    flat = d.view(-1)
-    flat[targets.flat] -= targets.times_value(n_clicks.reciprocal()[targets.user]).to(d.dtype)
+    n_clicks = targets.n_clicks()
+    d.view(-1)[flat] -= targets.times_value(n_clicks.reciprocal()[targets.user]).to(d.dtype)
     return targets.nll(clicked, peak, highest.log().neg_()), n_clicks, d
 
 
@@ -256,7 +246,8 @@ def _row_times(factor: Tensor, d: Tensor) -> Tensor:
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden W^T in one reused buffer."""
     logits = _buffers.empty((len(hidden), len(weight)), hidden.dtype)
-    whole = hidden.dtype == torch.bfloat16  # 34 ms whole, 38 in pieces
+    # bf16 takes 34 ms whole, 38 in pieces
+    whole = hidden.dtype == torch.bfloat16
     step = max(1, len(weight)) if whole else ITEMS_PER_GEMM
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
@@ -281,28 +272,29 @@ def _parts(n_users: int, n_items: int, dtype: torch.dtype, max_bytes: int) -> li
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def _clicks_of(part: slice, indptr, indices, values, rows) -> tuple[Any, Any, Any, Any]:
-    """CSR arguments of a range of the batch's users."""
+def _clicks_of(part: slice, csr: Csr) -> Csr:
+    """The clicks of a range of the batch's users."""
+    indptr, indices, values, rows = csr
     if rows is None:
         # as a choice of rows, for which offsets need not start with 0
         rows = torch.arange(len(indptr) - 1)
     return indptr, indices, values, rows[part]
 
 
-@_linear_multinomial_nll.register_kernel("cuda")
-def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes):
-    kernels = kernels_of("linear_multinomial_nll")
+def _linear_multinomial_nll_cuda(
+    hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+):
+    with needing_triton("linear_multinomial_nll"):
+        from ..kernels.linear_multinomial_nll import linear_multinomial_nll_fwd
     cast_weight = weight.to(compute).contiguous()
     bias = None if bias is None else bias.to(compute).contiguous()
-    with torch.autocast("cuda", enabled=False):  # dtypes are settled
-        nll, v, d = kernels.linear_multinomial_nll_fwd(
+    # dtypes are settled
+    with torch.autocast(hidden.device.type, enabled=False):
+        nll, v, d = linear_multinomial_nll_fwd(
             hidden.to(compute).contiguous(),
             cast_weight,
             bias,
-            indptr,
-            indices,
-            values,
-            rows,
+            (indptr, indices, values, rows),
             needs_grad=needs_grad,
             allow_tf32=_allow_tf32(),
             max_bytes=max_bytes,
@@ -310,21 +302,18 @@ def _(hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, 
     return nll, v, d, hidden.new_empty(0) if weight.dtype == compute else cast_weight
 
 
-@_gradients.register_kernel("cuda")
-def _(
+def _gradients_cuda(
     dnll, v, d, hidden, weight, bias, indptr, indices, values, rows,
     need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
 ):  # fmt: skip
-    kernels = kernels_of("linear_multinomial_nll")
-    with torch.autocast("cuda", enabled=False):
-        dhidden, dweight, dbias = kernels.linear_multinomial_nll_bwd(
+    with needing_triton("linear_multinomial_nll"):
+        from ..kernels.linear_multinomial_nll import linear_multinomial_nll_bwd
+    with torch.autocast(hidden.device.type, enabled=False):
+        dhidden, dweight, dbias = linear_multinomial_nll_bwd(
             hidden.to(weight.dtype).contiguous(),
             weight.contiguous(),
             None if bias is None else bias.to(weight.dtype).contiguous(),
-            indptr,
-            indices,
-            values,
-            rows,
+            (indptr, indices, values, rows),
             v,
             d,
             dnll,
@@ -338,6 +327,9 @@ def _(
         nothing.clone() if dweight is None else dweight.to(weight_dtype),
         nothing.clone() if dbias is None else dbias,
     )
+
+
+_GRADIENTS = Op("linear_multinomial_nll_backward", _gradients_cpu, _gradients_cuda, _gradients_fake)
 
 
 def _allow_tf32() -> bool:
@@ -359,7 +351,7 @@ def _backward(ctx, dnll, *_):
         return (None,) * 10
     v, d, hidden, weight, bias, *csr = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    dhidden, dweight, dbias = _gradients(
+    dhidden, dweight, dbias = _GRADIENTS(
         dnll.contiguous(), v, d, hidden, weight, bias, *csr, *need, ctx.weight_dtype, ctx.max_bytes
     )
     return (
@@ -370,4 +362,11 @@ def _backward(ctx, dnll, *_):
     )
 
 
-_linear_multinomial_nll.register_autograd(_backward, setup_context=_setup_context)
+_LINEAR_MULTINOMIAL_NLL = Op(
+    "linear_multinomial_nll",
+    _linear_multinomial_nll_cpu,
+    _linear_multinomial_nll_cuda,
+    _linear_multinomial_nll_fake,
+    _setup_context,
+    _backward,
+)

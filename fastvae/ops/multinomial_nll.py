@@ -9,19 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clicks import Clicks, gather_rows
+from .._checks import check_clicks
+from ..clicks import Clicks
 from . import _buffers
 from ._checks import (
-    check_clicks,
     check_devices,
     check_kernel_dtypes,
     check_tensor,
-    kernels_of,
     reduce_users,
     sum_dtype,
 )
+from ._dispatch import Op, needing_triton
+from ._rows import Rows
 
-BLOCK_BYTES = 2**21  # fp32 logits worked on at once: in the cache, and few enough calls
+# fp32 logits worked on at once: in the cache, and few enough calls
+BLOCK_BYTES = 2**21
 
 
 def multinomial_nll(
@@ -49,33 +51,30 @@ def multinomial_nll(
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 2; reference: fastvae.reference.multinomial_nll.
     """
     op = "multinomial_nll"
-    check_clicks(op, clicks)
+    check_clicks(op, "clicks", clicks)
     check_tensor(op, "logits", logits, clicks.shape)
     check_kernel_dtypes(op, logits=logits)
     check_devices(op, clicks, logits=logits, user_weights=user_weights)
-    nll, _ = _multinomial_nll(logits, clicks.indptr, clicks.indices, clicks.values, clicks.row_ids)
+    nll = _MULTINOMIAL_NLL(logits, *clicks.csr)
     return reduce_users(op, nll, reduction, user_weights)
 
 
-@torch.library.custom_op("fastvae::multinomial_nll", mutates_args=(), device_types="cpu")
-def _multinomial_nll(
+def _multinomial_nll_cpu(
     logits: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """nll [n_users], and lse in two parts [2, n_users]: row maximum, log of the sum of exp(logits - maximum)."""
-    targets = Targets(indptr, indices, values, rows, logits.shape[1])
+    targets = Rows((indptr, indices, values, rows), sum_dtype(logits.dtype))
     lse = _row_statistics(logits)
     clicked = logits[targets.user, targets.item].to(lse.dtype)
     return targets.nll(clicked, *lse), lse
 
 
-@_multinomial_nll.register_fake
-def _(logits, indptr, indices, values, rows):
+def _multinomial_nll_fake(logits, indptr, indices, values, rows):
     nll = logits.new_empty((logits.shape[0],), dtype=sum_dtype(logits.dtype))
     return nll, nll.new_empty((2, logits.shape[0]))
 
 
-@torch.library.custom_op("fastvae::multinomial_nll_dlogits", mutates_args=(), device_types="cpu")
-def _dlogits(
+def _dlogits_cpu(
     dnll: Tensor,
     logits: Tensor,
     lse: Tensor,
@@ -85,9 +84,9 @@ def _dlogits(
     rows: Tensor | None,
 ) -> Tensor:
     """dlogits[u, i] = dnll[u] (N_u softmax(logits[u])_i - x[u, i]) in logits' dtype."""
-    targets = Targets(indptr, indices, values, rows, logits.shape[1])
+    targets = Rows((indptr, indices, values, rows), lse.dtype)
     peak, log_sum = lse
-    factor = dnll * targets.n_clicks(peak.dtype)
+    factor = dnll * targets.n_clicks()
     grad = _buffers.empty(tuple(logits.shape), logits.dtype)
     for block in row_blocks(logits):
         z = logits[block].to(peak.dtype) - peak[block, None]
@@ -99,41 +98,8 @@ def _dlogits(
     return grad
 
 
-@_dlogits.register_fake
-def _(dnll, logits, lse, indptr, indices, values, rows):
+def _dlogits_fake(dnll, logits, lse, indptr, indices, values, rows):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-class Targets:
-    """The clicks of a choice of rows as coordinate lists on the CPU; user u's are [offsets[u], offsets[u + 1])."""
-
-    def __init__(self, indptr, indices, values, rows, n_items: int):
-        self.offsets, position = gather_rows(indptr, rows)
-        self.item = indices[position].long()
-        self.user = torch.repeat_interleave(self.offsets.diff())
-        self.value = None if values is None else values[position]
-        self.flat = self.user * n_items + self.item
-
-    def times_value(self, t: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """t[n] * x of click n."""
-        return t if self.value is None else t * self.value[first:last]
-
-    def n_clicks(self, dtype: torch.dtype) -> Tensor:
-        """N_u = sum_i x[u, i]."""
-        if self.value is None:
-            return self.offsets.diff().to(dtype)
-        return self.per_user(self.value.to(dtype))
-
-    def per_user(self, t: Tensor) -> Tensor:
-        """Sums of t [nnz] over each user's clicks."""
-        # one after the other: in fp32 a user of 1,000 clicks would lose a digit
-        total = t.new_zeros(len(self.offsets) - 1, dtype=torch.float64)
-        return total.index_add_(0, self.user, t.double()).to(t.dtype)
-
-    def nll(self, clicked: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
-        """sum_i x[u, i] (lse[u] - logit[u, i]) from the clicked logits [nnz]."""
-        # maximum and log-sum stay apart: at logits of 1e8 their sum would lose the loss
-        return self.per_user(self.times_value((peak[self.user] - clicked) + log_sum[self.user]))
 
 
 def row_blocks(logits: Tensor) -> list[slice]:
@@ -153,21 +119,23 @@ def _row_statistics(logits: Tensor) -> Tensor:
     return lse
 
 
-@_multinomial_nll.register_kernel("cuda")
-def _(logits, indptr, indices, values, rows):
-    kernels = kernels_of("multinomial_nll")
-    return kernels.multinomial_nll_fwd(_row_major(logits), indptr, indices, values, rows)
+def _multinomial_nll_cuda(logits, indptr, indices, values, rows):
+    with needing_triton("multinomial_nll"):
+        from ..kernels.multinomial_nll import multinomial_nll_fwd
+    return multinomial_nll_fwd(_row_major(logits), (indptr, indices, values, rows))
 
 
-@_dlogits.register_kernel("cuda")
-def _(dnll, logits, lse, indptr, indices, values, rows):
-    kernels = kernels_of("multinomial_nll")
-    logits = _row_major(logits)
-    return kernels.multinomial_nll_bwd(logits, lse, dnll, indptr, indices, values, rows)
+def _dlogits_cuda(dnll, logits, lse, indptr, indices, values, rows):
+    with needing_triton("multinomial_nll"):
+        from ..kernels.multinomial_nll import multinomial_nll_bwd
+    return multinomial_nll_bwd(_row_major(logits), lse, dnll, (indptr, indices, values, rows))
 
 
 def _row_major(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+_DLOGITS = Op("multinomial_nll_dlogits", _dlogits_cpu, _dlogits_cuda, _dlogits_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -176,12 +144,19 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output[1], *inputs[1:])
 
 
-def _backward(ctx, dnll, _):
+def _backward(ctx, dnll, *_):
     dlogits = None
     if dnll is not None and ctx.needs_input_grad[0]:
         logits, lse, *csr = ctx.saved_tensors
-        dlogits = _dlogits(dnll.contiguous(), logits, lse, *csr)
+        dlogits = _DLOGITS(dnll.contiguous(), logits, lse, *csr)
     return dlogits, None, None, None, None
 
 
-_multinomial_nll.register_autograd(_backward, setup_context=_setup_context)
+_MULTINOMIAL_NLL = Op(
+    "multinomial_nll",
+    _multinomial_nll_cpu,
+    _multinomial_nll_cuda,
+    _multinomial_nll_fake,
+    _setup_context,
+    _backward,
+)

@@ -10,21 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clicks import Clicks, dtype_name, gather_rows
-from ..reference import dropout_keep
+from .._checks import check_clicks
+from ..clicks import Clicks, dtype_name
 from . import _buffers
 from ._checks import (
     autocast_dtype,
-    check_clicks,
     check_devices,
     check_dtypes,
     check_kernel_dtypes,
     check_tensor,
-    kernels_of,
     sum_dtype,
 )
+from ._dispatch import Op, needing_triton
+from ._dropout import dropout_keep
+from ._rows import Rows
 
-ITEMS_PER_BLOCK = 512  # items whose gradient is built at once: 1.2 MB at H = 600, which malloc recycles every time
+# items whose gradient is built at once: 1.2 MB at H = 600, which malloc recycles every time
+ITEMS_PER_BLOCK = 512
 
 
 def sparse_linear(
@@ -62,26 +64,15 @@ def sparse_linear(
     Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sparse_linear.
     """
     _check(clicks, weight, bias, dropout, seed)
-    y, _ = _sparse_linear(
-        clicks.indptr,
-        clicks.indices,
-        clicks.values,
-        clicks.row_ids,
-        weight,
-        bias,
-        seed if dropout > 0 else None,
-        dropout,
-        normalize,
-        tanh,
-        tanh_input,
-    )
+    seed = seed if dropout > 0 else None
+    y = _SPARSE_LINEAR(*clicks.csr, weight, bias, seed, dropout, normalize, tanh, tanh_input)
     dtype = autocast_dtype(weight.device)
     return y if dtype is None else y.to(dtype)
 
 
 def _check(clicks, weight, bias, dropout, seed) -> None:
     op = "sparse_linear"
-    check_clicks(op, clicks)
+    check_clicks(op, "clicks", clicks)
     check_tensor(op, "weight", weight, (None, clicks.n_items))
     if bias is not None:
         check_tensor(op, "bias", bias, (weight.shape[0],))
@@ -99,8 +90,7 @@ def _check(clicks, weight, bias, dropout, seed) -> None:
     check_devices(op, clicks, weight=weight, bias=bias, seed=seed)
 
 
-@torch.library.custom_op("fastvae::sparse_linear", mutates_args=(), device_types="cpu")
-def _sparse_linear(
+def _sparse_linear_cpu(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor | None,
@@ -114,7 +104,7 @@ def _sparse_linear(
     tanh_input: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [n_users, n_hidden] and the row factor s [n_users] (fp32 at least)."""
-    batch = _Batch(indptr, indices, values, rows, weight.dtype)
+    batch = Rows((indptr, indices, values, rows), sum_dtype(weight.dtype))
     scale = batch.scale(dropout, normalize)
     item, coefficient, offsets, _ = batch.kept(scale, seed, dropout, tanh_input)
     table = weight.t().contiguous()
@@ -135,15 +125,15 @@ def _sparse_linear(
     return (y.tanh_() if tanh else y).to(weight.dtype), scale
 
 
-@_sparse_linear.register_fake
-def _(indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input):
+def _sparse_linear_fake(
+    indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input
+):
     n_users = indptr.shape[0] - 1 if rows is None else rows.shape[0]
     y = weight.new_empty((n_users, weight.shape[0]))
     return y, weight.new_empty((n_users,), dtype=sum_dtype(weight.dtype))
 
 
-@torch.library.custom_op("fastvae::sparse_linear_dweight", mutates_args=(), device_types="cpu")
-def _dweight(
+def _dweight_cpu(
     dpre: Tensor,
     scale: Tensor,
     indptr: Tensor,
@@ -156,7 +146,7 @@ def _dweight(
     tanh_input: bool,
 ) -> Tensor:
     """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's dtype (fp32, fp64)."""
-    batch = _Batch(indptr, indices, values, rows, dpre.dtype)
+    batch = Rows((indptr, indices, values, rows), dpre.dtype)
     item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
     order = torch.argsort(item, stable=True)
     user, coefficient = user[order], coefficient[order].to(dpre.dtype)
@@ -177,13 +167,11 @@ def _dweight(
     return grad
 
 
-@_dweight.register_fake
-def _(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
+def _dweight_fake(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
     return dpre.new_empty((n_items, dpre.shape[1]))
 
 
-@torch.library.custom_op("fastvae::sparse_linear_dvalues", mutates_args=(), device_types="cpu")
-def _dvalues(
+def _dvalues_cpu(
     dpre: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -200,7 +188,7 @@ def _dvalues(
 
     With c = s v, y_pre = W c and s = a / ||v||:  dv = s dc - v (sum_n dc_n c_n) / ||v||^2.
     """
-    batch = _Batch(indptr, indices, values, rows, weight.dtype)
+    batch = Rows((indptr, indices, values, rows), sum_dtype(weight.dtype))
     user, value = batch.user, batch.value
     assert value is not None
     direct = scale[user] * value
@@ -217,60 +205,19 @@ def _dvalues(
     return torch.zeros_like(values).index_add_(0, batch.position, grad.to(values.dtype))
 
 
-@_dvalues.register_fake
-def _(
+def _dvalues_fake(
     dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
 ):  # fmt: skip
     return torch.empty_like(values)
 
 
-class _Batch:
-    """A choice of rows as coordinate lists on the CPU: item, user, value and position of each click."""
-
-    def __init__(self, indptr, indices, values, rows, dtype):
-        self.offsets, self.position = gather_rows(indptr, rows)
-        self.item = indices[self.position].long()
-        self.user = torch.repeat_interleave(self.offsets.diff())
-        self.value: Tensor | None = None
-        if values is not None:
-            self.value = values[self.position].to(sum_dtype(dtype))
-        self.dtype = sum_dtype(dtype)
-
-    def scale(self, dropout: float, normalize: bool) -> Tensor:
-        """s[u] = 1 / (||x[u]|| (1 - dropout)); 0 for a row without clicks and at dropout 1."""
-        if not normalize:
-            scale = torch.ones(len(self.offsets) - 1, dtype=self.dtype)
-        elif self.value is None:
-            scale = self.offsets.diff().to(self.dtype).rsqrt()
-        else:
-            squares = torch.zeros(len(self.offsets) - 1, dtype=self.dtype)
-            scale = squares.index_add_(0, self.user, self.value.square()).rsqrt()
-        scale[self.offsets.diff() == 0] = 0
-        return scale / (1 - dropout) if dropout < 1 else torch.zeros_like(scale)
-
-    def kept(self, scale: Tensor, seed: Tensor | None, dropout: float, tanh_input: bool):
-        """Clicks that dropout keeps: item, coefficient, offsets [n_users + 1], user."""
-        item, user, offsets = self.item, self.user, self.offsets
-        coefficient = scale[user] if self.value is None else scale[user] * self.value
-        if seed is not None:
-            keep = dropout_keep(seed, self.position, dropout)
-            before = F.pad(torch.cumsum(keep, 0), (1, 0))
-            kept = keep.nonzero().squeeze(1)
-            item, user, coefficient = item[kept], user[kept], coefficient[kept]
-            offsets = before[offsets]
-        return item, coefficient.tanh_() if tanh_input else coefficient, offsets, user
-
-
-@_sparse_linear.register_kernel("cuda")
-def _(
+def _sparse_linear_cuda(
     indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input
-):  # fmt: skip
-    kernels = kernels_of("sparse_linear")
-    return kernels.sparse_linear_fwd(
-        indptr,
-        indices,
-        values,
-        rows,
+):
+    with needing_triton("sparse_linear"):
+        from ..kernels.sparse_linear import sparse_linear_fwd
+    return sparse_linear_fwd(
+        (indptr, indices, values, rows),
         weight.t().contiguous(),
         None if bias is None else bias.contiguous(),
         seed,
@@ -281,15 +228,14 @@ def _(
     )
 
 
-@_dweight.register_kernel("cuda")
-def _(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
-    kernels = kernels_of("sparse_linear")
-    return kernels.sparse_linear_bwd_weight(
+def _dweight_cuda(
+    dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
+):  # fmt: skip
+    with needing_triton("sparse_linear"):
+        from ..kernels.sparse_linear import sparse_linear_bwd_weight
+    return sparse_linear_bwd_weight(
         dpre,
-        indptr,
-        indices,
-        values,
-        rows,
+        (indptr, indices, values, rows),
         seed,
         scale,
         n_items,
@@ -299,24 +245,25 @@ def _(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_i
     )
 
 
-@_dvalues.register_kernel("cuda")
-def _(
+def _dvalues_cuda(
     dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
 ):  # fmt: skip
-    kernels = kernels_of("sparse_linear")
-    return kernels.sparse_linear_bwd_values(
+    with needing_triton("sparse_linear"):
+        from ..kernels.sparse_linear import sparse_linear_bwd_values
+    return sparse_linear_bwd_values(
         dpre,
         weight.t().contiguous(),
-        indptr,
-        indices,
-        values,
-        rows,
+        (indptr, indices, values, rows),
         seed,
         scale,
         dropout=dropout,
         normalize=normalize,
         tanh_input=tanh_input,
     )
+
+
+_DWEIGHT = Op("sparse_linear_dweight", _dweight_cpu, _dweight_cuda, _dweight_fake)
+_DVALUES = Op("sparse_linear_dvalues", _dvalues_cpu, _dvalues_cuda, _dvalues_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -327,7 +274,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(indptr, indices, values, rows, weight, seed, y, scale)
 
 
-def _backward(ctx, dy, _):
+def _backward(ctx, dy, *_):
     indptr, indices, values, rows, weight, seed, y, scale = ctx.saved_tensors
     dropout, normalize, tanh, tanh_input = ctx.settings
     if dy is None:
@@ -339,17 +286,24 @@ def _backward(ctx, dy, _):
     dweight = dbias = dvalues = None
     if need_weight:
         n_items = weight.shape[1]
-        dweight = _dweight(
+        dweight = _DWEIGHT(
             dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
         )
         dweight = dweight.t().to(weight.dtype)
     if need_bias:
         dbias = dpre.sum(0).to(weight.dtype)
     if need_values:
-        dvalues = _dvalues(
+        dvalues = _DVALUES(
             dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
         )  # fmt: skip
     return None, None, dvalues, None, dweight, dbias, None, None, None, None, None
 
 
-_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
+_SPARSE_LINEAR = Op(
+    "sparse_linear",
+    _sparse_linear_cpu,
+    _sparse_linear_cuda,
+    _sparse_linear_fake,
+    _setup_context,
+    _backward,
+)

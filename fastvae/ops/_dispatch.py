@@ -1,0 +1,103 @@
+"""How a call reaches its functions: straight away, or as a registered torch op where something watches torch's calls.
+
+A registered op costs 150 us of host time with its autograd, an autograd.Function 20: so a plain call goes round the
+registration. torch.compile, fake tensors, dispatch modes and functorch's transforms see the registered op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported; only a GPU needs it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def needing_triton(op: str) -> Iterator[None]:
+    """Around the import of kernels, which a GPU is the first to need: a sentence where triton is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU"
+        ) from error
+
+
+def uses_kernels(t: Tensor) -> bool:
+    """Whether the Triton kernels compute on this tensor; torch's own CPU kernels do otherwise."""
+    return t.is_cuda
+
+
+def is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether something looks at torch's calls, which a call round the registration would escape."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+    )
+
+
+class Op:
+    """fastvae::name with a function for each device, and a gradient where setup_context and backward are given.
+
+    cpu, cuda, fake  take the same flat arguments; a tensor that says the device comes first
+    setup_context, backward  as torch.library.register_autograd takes them; only the first result has a gradient
+    A call returns all results, with a gradient the first one alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cpu: Callable[..., Any],
+        cuda: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ):
+        self.registered = torch.library.custom_op(
+            f"fastvae::{name}", cpu, mutates_args=(), device_types="cpu"
+        )
+        self.registered.register_kernel("cuda", cuda)
+        self.registered.register_fake(fake)
+        self.cpu, self.cuda = cpu, cuda
+        self.function: type[torch.autograd.Function] | None = None
+        if setup_context is not None and backward is not None:
+            self.registered.register_autograd(backward, setup_context=setup_context)
+            self.function = _function(name, self.plain, setup_context, backward)
+
+    def plain(self, *args: Any) -> Any:
+        """The device's own function; no autograd, nothing registered."""
+        return (self.cuda if uses_kernels(args[0]) else self.cpu)(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        if is_watched(args):
+            result = self.registered(*args)
+            return result if self.function is None else result[0]
+        return self.plain(*args) if self.function is None else self.function.apply(*args)
+
+
+def _function(name: str, plain, setup_context, backward) -> type[torch.autograd.Function]:
+    def forward(ctx, *inputs):
+        output = plain(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[0]
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(name, (torch.autograd.Function,), members)
