@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from ._csr import canonical, check_csr, index_array, size_of, value_array
-
-_ACCEPTED = "a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks"
-_SPARSE_DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
-    torch.float32, torch.float64, torch.complex64, torch.complex128,
-)  # fmt: skip
+from ._matrices import csr_of, csr_of_pairs
 
 Csr = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # indptr, indices, values, row_ids
 
@@ -90,44 +85,8 @@ class Clicks:
         """
         if isinstance(x, Clicks):
             return x
-        if isinstance(x, Tensor):
-            return cls._from_torch(x)
-        is_array = isinstance(x, np.ndarray) and not np.ma.isMaskedArray(x)
-        if not (sp.issparse(x) or is_array) or x.ndim != 2:
-            got = type(x).__name__ + (f" of {x.ndim} dimensions" if hasattr(x, "ndim") else "")
-            raise TypeError(f"Clicks: x must be {_ACCEPTED}, got {got}")
-        if is_array:
-            value_array(x[:0])  # refuses what are no numbers
-            x = x.astype(np.float32) if x.dtype == np.float16 else x  # which scipy does not have
-        coo: Any = sp.coo_array(x)  # type: ignore[arg-type]
-        return cls._from_coo(coo.row, coo.col, coo.data, coo.shape)
-
-    @classmethod
-    def _from_torch(cls, x: Tensor) -> Clicks:
-        if x.ndim != 2:
-            raise ValueError(f"Clicks: x must have 2 dimensions, got {x.ndim}")
-        host = x.detach().cpu()
-        if host.dtype not in _SPARSE_DTYPES:
-            host = host.double()  # torch finds no non-zeros of its newer dtypes
-        if host.layout in (torch.sparse_csr, torch.sparse_csc):
-            host = host.to_sparse_coo()
-        elif host.layout != torch.sparse_coo:
-            host = host.to_sparse()
-        values = host._values()
-        if values.ndim != 1:
-            raise ValueError(
-                f"Clicks: x must hold numbers, got vectors of shape {list(values.shape[1:])}"
-            )
-        rows, cols = host._indices().numpy()
-        values = values.double() if values.is_floating_point() else values
-        return cls._from_coo(rows, cols, values.numpy(), host.shape).to(x.device)
-
-    @classmethod
-    def _from_coo(cls, rows, cols, values, shape) -> Clicks:
-        order = np.argsort(rows, kind="stable")
-        indptr = np.zeros(shape[0] + 1, np.int64)
-        np.cumsum(np.bincount(rows, minlength=shape[0]), out=indptr[1:])
-        return cls(indptr, cols[order], values[order], int(shape[1]))
+        clicks = cls(*csr_of(x))
+        return clicks.to(x.device) if isinstance(x, Tensor) else clicks
 
     @classmethod
     def from_pairs(
@@ -155,10 +114,8 @@ class Clicks:
                 f"Clicks: users and items must be equally long, got {len(users)} and {len(items)}"
             )
         n_users, n_items = size_of("users", users, n_users), size_of("items", items, n_items)
-        if len(users) and not 0 <= users.min() <= users.max() < n_users:
-            bad = users.min() if users.min() < 0 else users.max()
-            raise ValueError(f"Clicks: users must lie in [0, {n_users}), got {bad}")
-        clicks = cls._from_coo(users, items, np.ones(len(users)), (n_users, n_items))
+        ones, names = np.ones(len(users)), ("users", "items")
+        clicks = cls(*csr_of_pairs(users, items, ones, (n_users, n_items), names))
         return clicks if counts else clicks.binary()
 
     # sizes
@@ -221,19 +178,20 @@ class Clicks:
 
     # moving and choosing
 
-    def to(self, device: Any) -> Clicks:
-        """The same clicks on another device. Raises: TypeError where device is none."""
+    def to(self, device: Any, non_blocking: bool = False) -> Clicks:
+        """The same clicks on another device; non_blocking as torch's Tensor.to. Raises: TypeError where device is none."""
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError):
             raise TypeError(
                 f"Clicks: device must be a torch device such as 'cuda', got {device!r}"
             ) from None
-        values = None if self.values is None else self.values.to(device)
-        row_ids = None if self.row_ids is None else self.row_ids.to(device)
-        return self._like(
-            self.indptr.to(device), self.indices.to(device), values, self.n_items, row_ids
+        arrays = (self.indptr, self.indices, self.values, self.row_ids)
+        indptr, indices, values, row_ids = (
+            None if array is None else array.to(device, non_blocking=non_blocking)
+            for array in arrays
         )
+        return self._like(indptr, indices, values, self.n_items, row_ids)
 
     def rows(self, ids: Any) -> Clicks:
         """Rows ids (any order, repeats allowed) as a view that shares the arrays; nothing is copied.
@@ -242,23 +200,22 @@ class Clicks:
              checked on the CPU; on a GPU that would make the host wait.
         Raises: ValueError for ids out of range, TypeError for ids that are not integers.
         """
-        try:
-            ids = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):  # a slice, texts, numbers beyond int64
-            got = repr(ids)[:60]
-            raise TypeError(f"Clicks: rows must be integers, got {got}") from None
+        if not isinstance(ids, Tensor):
+            # by numpy: torch would read a pandas.Series by its labels, and make a tensor on its default device
+            ids = torch.from_numpy(index_array("rows", ids))
         if ids.numel() == 0:
             ids = ids.long()
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Clicks: rows must be integers, got {dtype_name(ids.dtype)}")
-        ids = ids.long()  # torch cannot compare its uint16, uint32, uint64
+        # torch cannot compare its uint16, uint32, uint64; the kernels read ids one after the other
+        ids = ids.long().contiguous()
         if ids.ndim != 1:
             raise ValueError(f"Clicks: rows must have 1 dimension, got {ids.ndim}")
         if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < self.n_users:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"Clicks: rows must lie in [0, {self.n_users}), got {bad}")
         ids = ids.to(self.device)
-        row_ids = ids if self.row_ids is None else self.row_ids[ids]
+        row_ids = ids if self.row_ids is None else self.row_ids.index_select(0, ids)
         return self._like(self.indptr, self.indices, self.values, self.n_items, row_ids)
 
     def compact(self) -> Clicks:

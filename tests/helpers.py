@@ -1,5 +1,9 @@
 """What several test files share: the device, random clicks, and the one rule of accuracy."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,6 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     KERNEL_DTYPES.append(torch.bfloat16)
+
+
+def run_child(name, *arguments):
+    """A program of tests/children in a process of its own, with what it prints."""
+    program = Path(__file__).parent / "children" / name
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 class Fixed(nn.Module):

@@ -1,6 +1,7 @@
 """Clicks: every container and dtype gives the same canonical matrix; bad input is named by row and index."""
 
 import io
+import json
 import multiprocessing.reduction
 import time
 
@@ -8,11 +9,29 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvae import Clicks, reference, sparse_linear
 from fastvae.clicks import gather_rows
+
+
+class Labelled:
+    """As a pandas.Series of another order of labels: position n by numpy, label n by index."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, label):
+        return self.ids[::-1][label]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.ids, dtype)
+
 
 DENSE = np.array([[0, 2, 0, 1], [0, 0, 0, 0], [3, 0, 0, 0]])
 
@@ -36,17 +55,21 @@ CONTAINERS = {
     "coo_array": sp.coo_array,
     "lil_array": sp.lil_array,
     "dok_array": sp.dok_array,
+    "dia_array": sp.dia_array,
+    "bsr_array": lambda d: sp.bsr_array(d, blocksize=(3, 2)),
     "numpy": np.asarray,
     "torch-dense": torch.from_numpy,
     "torch-csr": lambda d: torch.from_numpy(d).to_sparse_csr(),
     "torch-csc": lambda d: torch.from_numpy(d).to_sparse_csc(),
     "torch-coo": lambda d: torch.from_numpy(d).to_sparse(),
+    "torch-bsr": lambda d: torch.from_numpy(d).to_sparse_bsr((1, 2)),
+    "torch-bsc": lambda d: torch.from_numpy(d).to_sparse_bsc((3, 2)),
 }
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, np.float64, np.float32, np.bool_])
-@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse [CB]S[RC] tensor support:UserWarning")
 def test_every_container_gives_the_same_clicks(container, dtype):
     dense = DENSE.astype(dtype)
     assert_is(Clicks.from_matrix(CONTAINERS[container](dense)), dense.astype(np.float32))
@@ -282,23 +305,120 @@ def test_bad_containers_rows_and_pairs_are_named():
         (lambda: Clicks.from_matrix(torch.ones(3)), ValueError, "Clicks: x must have 2 dimensions, got 1"),
         (lambda: Clicks.from_matrix(DENSE).rows([0, 3]), ValueError, "Clicks: rows must lie in [0, 3), got 3"),
         (lambda: Clicks.from_matrix(DENSE).rows([-1]), ValueError, "Clicks: rows must lie in [0, 3), got -1"),
-        (lambda: Clicks.from_matrix(DENSE).rows([0.0]), TypeError, "Clicks: rows must be integers, got float32"),
+        (lambda: Clicks.from_matrix(DENSE).rows([0.0]), TypeError, "Clicks: rows must be integers, got float64"),
         (lambda: Clicks.from_matrix(DENSE).rows([[0]]), ValueError, "Clicks: rows must have 1 dimension, got 2"),
         (lambda: Clicks.from_pairs([0], [0, 1]), ValueError, "must be equally long, got 1 and 2"),
         (lambda: Clicks.from_pairs([4], [0], n_users=3), ValueError, "Clicks: users must lie in [0, 3), got 4"),
-        (lambda: Clicks.from_pairs([0], [4], n_items=3), ValueError, "Clicks: indices must lie in [0, 3), got 4"),
-        (lambda: Clicks.from_pairs([0], [-1]), ValueError, "Clicks: indices must lie in [0, 1), got -1"),
+        (lambda: Clicks.from_pairs([0], [4], n_items=3), ValueError, "Clicks: items must lie in [0, 3), got 4 at position 0"),
+        (lambda: Clicks.from_pairs([0], [-1]), ValueError, "Clicks: items must lie in [0, 1), got -1 at position 0"),
         (lambda: Clicks.from_pairs([-1], [0]), ValueError, "Clicks: users must lie in [0, 1), got -1"),
         (lambda: Clicks.from_pairs([10**15], [0]), ValueError, "Clicks: n_users must lie in [0, 2**31), got 1000000000000001; number the users from 0 without gaps"),
         (lambda: Clicks.from_pairs(np.array([2**63], np.uint64), [0]), ValueError, "Clicks: users must lie below 2**63, got 9223372036854775808"),
         (lambda: Clicks.from_pairs([0], [0], n_items=2.5), TypeError, "Clicks: n_items must be a whole number, got 2.5"),
-        (lambda: Clicks.from_matrix(DENSE).rows(slice(0, 2)), TypeError, "Clicks: rows must be integers, got slice(0, 2, None)"),
-        (lambda: Clicks.from_matrix(DENSE).rows(["a"]), TypeError, "Clicks: rows must be integers, got ['a']"),
+        (lambda: Clicks.from_matrix(DENSE).rows(slice(0, 2)), TypeError, "Clicks: rows must be integers, got object"),
+        (lambda: Clicks.from_matrix(DENSE).rows(["a"]), TypeError, "Clicks: rows must be integers, got <U1"),
+        (lambda: Clicks.from_matrix(DENSE).rows([[0], [1, 2]]), TypeError, "Clicks: rows must be integers, got [[0], [1, 2]]"),
+        (lambda: Clicks.from_matrix(DENSE).rows({0, 1}), TypeError, "Clicks: rows must be integers, got object"),
+        (lambda: Clicks.from_matrix(DENSE).rows({0: 1}), TypeError, "Clicks: rows must be integers, got object"),
     ]  # fmt: skip
     for call, error, message in cases:
         with pytest.raises(error) as caught:
             call()
         assert message in str(caught.value)
+
+
+OFFSETS_FALL = "indptr must not decrease, got {} then {} at {} {}"
+COLUMN = "column indices must lie in [0, 5), got {} at position 1"
+ROW = "row indices must lie in [0, 2), got {} at position 1"
+SIZES = (
+    "x must hold {} offsets, and a value for each index, got {} offsets, {} indices and {} values"
+)
+INVALID = {
+    "torch csr falls": OFFSETS_FALL.format(3, 2, "row", 1),
+    "torch csr below 0": OFFSETS_FALL.format(0, -1, "row", 0),
+    "torch csr past the end": "indptr must end with the number of indices 2, got 9",
+    "torch csr short": "indptr must end with the number of indices 2, got 1",
+    "torch csr column": "indices must lie in [0, 5), got 5 at row 1, position 1",
+    "torch csc falls": OFFSETS_FALL.format(3, 2, "column", 1),
+    "torch csc row": "indices must lie in [0, 2), got 2 at column 1, position 1",
+    "torch bsr falls": OFFSETS_FALL.format(3, 2, "row", 1),
+    "torch bsr column": "indices must lie in [0, 2), got 2 at row 1, position 1",
+    "torch coo row": ROW.format(3),
+    "torch coo below 0": ROW.format(-1),
+    "torch coo column": COLUMN.format(5),
+    "scipy csr falls": OFFSETS_FALL.format(3, 2, "row", 1),
+    "scipy csr other users": OFFSETS_FALL.format(4, 1, "row", 1),
+    "scipy csr past the end": "indptr must end with the number of indices 2, got 9",
+    "scipy csr too few rows": SIZES.format(3, 2, 2, 2),
+    "scipy csr column": "indices must lie in [0, 5), got -1 at row 1, position 1",
+    "scipy csr data": SIZES.format(3, 3, 2, 1),
+    "scipy csr large": OFFSETS_FALL.format(1399993, 3, "row", 199999),
+    "scipy csc falls": OFFSETS_FALL.format(3, 2, "column", 1),
+    "scipy csc row": "indices must lie in [0, 2), got 9 at column 1, position 1",
+    "scipy bsr column": "indices must lie in [0, 2), got 9 at row 0, position 1",
+    "scipy coo row": ROW.format(3),
+    "scipy coo below 0": ROW.format(-1),
+    "scipy coo lengths": "row indices, column indices and values must be equally long, got 3, 3 and 2",
+    "scipy lil column": COLUMN.format(7),
+    "scipy lil lengths": "x must hold 2 rows with a value for each index, got 1 indices in 2 rows and 1001 values",
+    "scipy dok place": ROW.format(2),
+}
+
+
+def test_invalid_sparse_matrices_are_refused_before_anything_converts_them():
+    child = run_child("invalid_matrices.py")
+    said = dict(json.loads(line) for line in child.stdout.splitlines())
+    assert said == {name: f"ValueError: Clicks: {text}" for name, text in INVALID.items()}
+    assert child.returncode == 0, child.stderr
+
+
+def test_room_beyond_the_last_offset_is_not_read():
+    roomy = sp.csr_array(DENSE)
+    roomy.indices, roomy.data = np.append(roomy.indices, 99), np.append(roomy.data, -1)
+    assert_is(Clicks.from_matrix(roomy), DENSE)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([0, 1, 2])[::-1],
+        np.array([2, 9, 1, 9, 0])[::2],
+        np.array([[2, 1, 0], [9, 9, 9]]).T[:, 0],
+        torch.tensor([2, 9, 1, 9, 0])[::2],
+        torch.tensor([[2, 9], [1, 9], [0, 9]])[:, 0],
+        range(2, -1, -1),
+        (np.int8(2), 1, torch.tensor(0)),
+        Labelled([2, 1, 0]),
+    ],
+    ids=[
+        "reversed",
+        "strided",
+        "column",
+        "strided-tensor",
+        "column-tensor",
+        "range",
+        "mixed",
+        "labelled",
+    ],
+)
+def test_row_ids_of_any_layout_choose_those_rows(ids):
+    rows = Clicks.from_matrix(DENSE).rows(ids)
+    assert_is(rows, DENSE[[2, 1, 0]])
+    # the kernels read them one after the other
+    assert rows.row_ids.is_contiguous() and rows.rows(ids).row_ids.is_contiguous()
+    assert_is(rows.rows(ids), DENSE)
+
+
+def test_expanded_row_ids_choose_one_row_often():
+    ids = torch.tensor([2]).expand(3)
+    rows = Clicks.from_matrix(DENSE).rows(ids)
+    assert rows.row_ids.is_contiguous()
+    assert_is(rows, DENSE[[2, 2, 2]])
+
+
+def test_to_takes_non_blocking():
+    assert_is(Clicks.from_matrix(DENSE).to("cpu", non_blocking=True), DENSE)
+    assert_is(Clicks.from_matrix(DENSE).rows([2, 0]).to("cpu", True), DENSE[[2, 0]])
 
 
 @st.composite
@@ -313,7 +433,7 @@ def coordinates(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(coordinates(), st.sampled_from(["f8", "f4", "i8", "u1"]))
-@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse [CB]S[RC] tensor support:UserWarning")
 def test_any_coordinates_through_any_container(case, dtype):
     shape, entries = case
     dense = np.zeros(shape, np.float32)
