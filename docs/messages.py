@@ -26,6 +26,7 @@ REASONS = {
 CAUSES = {
     "clicks.py": "Click matrices",
     "_csr.py": "Arrays of a click matrix",
+    "_matrices.py": "Containers of a click matrix",
     "ops/": "The ops",
     "models.py": "Models",
     "train.py": "Training",
