@@ -1,18 +1,24 @@
-"""What every result file says about where it was measured."""
+"""What every result file says about where it was measured, and how it is written."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def describe() -> dict:
-    """Processor or card, versions and commit."""
+    """Processor or card, versions, date and commit."""
     facts = {
+        "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -25,6 +31,25 @@ def describe() -> dict:
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+def card() -> str:
+    """The GPU's name as a part of a file's name, or cpu."""
+    gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu"
+
+
+def write(path: Path, result: dict) -> None:
+    """A result file, whole or not at all: whoever is killed leaves no half of one."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def add(path: Path, name: str, row: dict) -> None:
+    """Put a row beside those that the file of a GPU's part has from this run or an earlier one."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else {}
+    write(path, {"machine": describe(), "rows": {**before, name: row}})
 
 
 def _cpu() -> str:
@@ -46,12 +71,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, -dirty where tracked files differ from it; results written by the run before do not count."""
+    """The commit, -dirty where tracked files differ from it (results of the run before do not count); a copy
+    without git is told by FASTVAE_COMMIT."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTVAE_COMMIT")
     return f"{commit}-dirty" if changed else commit
 
 

@@ -11,11 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.machine import describe
+from bench.machine import RESULTS, describe, write
 from bench.steps import PROVIDERS as WAYS
 from bench.steps import Shape, new_model
 
-RESULTS = Path(__file__).parent / "results"
 PROVIDERS = ("fastvae", "fastvae-bf16", "embedding_bag", "dense")
 ITEMS = (10_000, 20_000, 40_000, 80_000)
 BATCH_SIZE, CLICKS_PER_USER, STEPS = 500, 60.0, 3
@@ -68,4 +67,4 @@ def main(arguments: list[str]) -> None:
             rows[name][str(n_items)] = measure_alone(name, shape)
             print(name, n_items, rows[name][str(n_items)], "MiB")
     result = {"machine": describe(), "batch_size": BATCH_SIZE, "peak_mib": rows}
-    (RESULTS / "memory_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(RESULTS / "memory_cpu.json", result)

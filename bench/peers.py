@@ -20,9 +20,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from bench.machine import describe
+from bench.machine import RESULTS, describe, write
 from bench.peer_runner import ANNEAL_CAP, ANNEAL_STEPS, BATCH_SIZE, LATENT, N_CHECKED, WIDTH
-from bench.quality import RESULTS, load
+from bench.quality import load
 from fastvae import Dataset
 
 DATA, N_HELDOUT, SEED = "ml10m_fastvae", 4000, 0
@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> None:
         "models": summarize(reports, not_run),
     }  # fmt: skip
     _print(result["models"])
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(RESULTS / f"{options.name}.json", result)
 
 
 def _print(rows: dict) -> None:

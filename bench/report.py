@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from bench.machine import RESULTS
+
 README = Path(__file__).parent.parent / "README.md"
 
 SHAPES = ("netflix", "ml20m", "msd", "50k")

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import rivals
+from bench.provider import BETA, WARM_UP, NotTimed, Provider
 from fastvae import Clicks, MultiVAE, reference
 from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
-from fastvae.step import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam
+from fastvae.step import GraphedStep, ItemMajorAdam
 from fastvae.synthetic import synthetic_clicks
-
-BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,66 +45,22 @@ SHAPES = {
     "ml20m-24576": Shape(20_108, 73.1, 24_576),
     "50k-4096": Shape(50_000, 80.0, 4096),
     "1m-1024": Shape(1_000_000, 80.0, 1024),
+    # for a rehearsal
+    "toy": Shape(300, 8.0, 24),
 }
 
 
-class EmbeddingBagModel(nn.Module):
-    """The usual way out: embedding_bag for the first layer, dense log_softmax and a gather for the loss."""
-
-    def __init__(self, model: MultiVAE):
-        super().__init__()
-        dense = reference.MultiVAE(model.p_dims)
-        dense.load_state_dict(model.state_dict())
-        self.table = nn.Parameter(dense.encoder[0].weight.detach().t().contiguous())
-        self.bias = nn.Parameter(dense.encoder[0].bias.detach())
-        self.second, (self.third, self.last) = dense.encoder[1], dense.decoder
-
-    def loss(self, clicks: Clicks, beta: float) -> Tensor:
-        """Mean over users of nll + beta * kld."""
-        batch = clicks.compact()
-        item, lengths = batch.indices.long(), batch.row_lengths()
-        user = torch.repeat_interleave(lengths)
-        weights = lengths.float().rsqrt()[user]
-        weights = F.dropout(weights, 0.5, self.training)
-        h = F.embedding_bag(
-            item, self.table, batch.indptr[:-1], mode="sum", per_sample_weights=weights
-        )
-        mu, logvar = self.second(torch.tanh(h + self.bias)).chunk(2, 1)
-        z = mu + torch.exp(logvar / 2) * torch.randn_like(mu) if self.training else mu
-        log_p = torch.log_softmax(self.last(torch.tanh(self.third(z))), 1)
-        nll = -log_p[user, item].sum() / len(batch)
-        return nll + beta * reference.kld(mu, logvar).mean()
-
-
-class Provider:
-    """A model, its optimiser and the form of batch that it takes; step(batch) is what is timed."""
-
-    def __init__(self, module: nn.Module, loss, optimizer, to_batch, bf16: bool):
-        self.module, self.loss, self.optimizer = module, loss, optimizer
-        self.to_batch, self.bf16 = to_batch, bf16
-
-    def forward(self, batch) -> Tensor:
-        """The loss of a batch."""
-        device = next(self.module.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return self.loss(batch, BETA)
-
-    def step(self, batch) -> None:
-        """Forward, backward, optimiser."""
-        self.forward(batch).backward()
-        self.optimizer.step()
-        self.module.zero_grad(set_to_none=True)
-
-
 class Graphed(Provider):
-    """The step as one CUDA graph, captured at the first call, as in fit(cuda_graph=True)."""
+    """The step as one CUDA graph, captured at the first call, as in fit(cuda_graph=True); on a CPU its steps stay eager."""
 
     graph: GraphedStep | None = None
 
     def step(self, batch: Clicks) -> None:
         """Forward, backward, optimiser, replayed."""
+        if batch.device.type == "cpu":
+            return super().step(batch)
         if self.graph is None:
-            for _ in range(GRAPH_WARM_UP):
+            for _ in range(WARM_UP):
                 super().step(batch)
             eager = super().step
             self.graph = GraphedStep(lambda clicks, _: eager(clicks), batch, self.optimizer)
@@ -124,47 +80,24 @@ def _fastvae_drop_in(model: MultiVAE, bf16: bool) -> Provider:
     return Provider(model, model.loss, adam, lambda clicks: clicks, bf16)
 
 
-def _dense(model: MultiVAE, bf16: bool, tuned: bool, compiled: bool) -> Provider:
-    dense = reference.MultiVAE(model.p_dims).to(next(model.parameters()).device)
-    dense.load_state_dict(model.state_dict())
-    adam = torch.optim.Adam(dense.parameters(), lr=1e-3, **({"fused": True} if tuned else {}))
-    loss = torch.compile(dense.loss) if compiled else dense.loss
-    # the dense batch is made outside the timed step: in its favour
-    return Provider(dense, loss, adam, lambda clicks: clicks.to_dense(), bf16)
-
-
-def _embedding_bag(model: MultiVAE, bf16: bool) -> Provider:
-    module = EmbeddingBagModel(model).to(next(model.parameters()).device)
-    adam = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
-    return Provider(module, module.loss, adam, lambda clicks: clicks, bf16)
-
-
 class Products:
     """The floor: the three products of the last layer alone, 6 * n_users * n_items * 600 floating-point operations."""
 
     def __init__(self, model: MultiVAE, bf16: bool):
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        self.weight = model.decode.output.weight.detach().to(dtype)
+        weight = model.decode.output.weight.detach().to(torch.bfloat16 if bf16 else torch.float32)
+        self.weight = F.pad(weight, (0, 0, 0, -len(weight) % rivals.ALIGNED))
         self.to_batch = self._buffers
 
     def _buffers(self, clicks: Clicks) -> list[Tensor]:
-        new, (n_users, n_items) = self.weight.new_empty, clicks.shape
-        hidden = torch.randn(n_users, self.weight.shape[1]).to(self.weight)
-        return [
-            hidden,
-            new((n_users, n_items)),
-            torch.empty_like(hidden),
-            torch.empty_like(self.weight),
-        ]
+        hidden = torch.randn(len(clicks), self.weight.shape[1]).to(self.weight)
+        logits = self.weight.new_empty((len(clicks), len(self.weight)))
+        return [hidden, logits, torch.empty_like(hidden), torch.empty_like(self.weight)]
 
     def step(self, buffers: list[Tensor]) -> None:
         """logits, gradient for hidden, gradient for the weight."""
         hidden, logits, dhidden, dweight = buffers
-        step = (
-            ITEMS_PER_GEMM
-            if hidden.dtype == torch.float32 and not hidden.is_cuda
-            else len(self.weight)
-        )
+        pieces = hidden.dtype == torch.float32 and not hidden.is_cuda
+        step = ITEMS_PER_GEMM if pieces else len(self.weight)
         for start in range(0, len(self.weight), step):
             part = slice(start, start + step)
             torch.mm(hidden, self.weight[part].t(), out=logits[:, part])
@@ -172,7 +105,6 @@ class Products:
         torch.mm(logits.t(), hidden, out=dweight)
 
 
-ON_GPU_ONLY = ("fastvae-graph", "fastvae-graph-bf16")
 FLOORS: dict[str, Callable[[MultiVAE], Products]] = {
     "products": lambda model: Products(model, False),
     "products-bf16": lambda model: Products(model, True),
@@ -183,45 +115,66 @@ PROVIDERS: dict[str, Callable[[MultiVAE], Provider]] = {
     "fastvae-graph": lambda model: _graphed(model, False),
     "fastvae-graph-bf16": lambda model: _graphed(model, True),
     "fastvae-loss-only": lambda model: _fastvae_drop_in(model, False),
-    "dense": lambda model: _dense(model, False, False, False),
-    "dense-fused-adam": lambda model: _dense(model, False, True, False),
-    "dense-bf16": lambda model: _dense(model, True, True, False),
-    "dense-compiled": lambda model: _dense(model, False, True, True),
-    "dense-compiled-bf16": lambda model: _dense(model, True, True, True),
-    "embedding_bag": lambda model: _embedding_bag(model, False),
+    "dense": lambda model: rivals.dense(model, False, False, False),
+    "dense-fused-adam": lambda model: rivals.dense(model, False, True, False),
+    "dense-bf16": lambda model: rivals.dense(model, True, True, False),
+    "dense-compiled": lambda model: rivals.dense(model, False, True, True),
+    "dense-compiled-bf16": lambda model: rivals.dense(model, True, True, True),
+    "dense-padded-graph": lambda model: rivals.padded_dense(model, False),
+    "dense-padded-compiled-graph": lambda model: rivals.padded_dense(model, True),
+    "embedding_bag": lambda model: rivals.sparse(model, rivals.EmbeddingBagModel),
+    "pyg-cross-entropy": lambda model: rivals.sparse(model, rivals.SparseCrossEntropyModel),
+    "linear-cross-entropy": lambda model: rivals.sparse(model, rivals.LinearCrossEntropyModel),
 }
 
 
-def new_model(n_items: int) -> MultiVAE:
-    """The paper's widths; the same weights each time."""
+def new_model(n_items: int, device: str | torch.device = "cpu") -> MultiVAE:
+    """The paper's widths; the same weights each time, on one device."""
     torch.manual_seed(0)
-    return MultiVAE([200, 600, n_items])
+    with torch.device(device):
+        return MultiVAE([200, 600, n_items])
 
 
 def check(name: str, provider: Provider, clicks: Clicks) -> float:
-    """Relative error of the loss's gradient for the last hidden weights against the dense reference; raises if wrong.
+    """check_gradient and check_step."""
+    error = check_gradient(name, provider, clicks)
+    check_step(name, provider, clicks)
+    return error
 
-    Then a step is made, which must change every weight: one without an optimiser would be fast.
-    """
-    truth = reference.MultiVAE([200, 600, clicks.n_items]).to(clicks.device).eval()
-    truth.load_state_dict(new_model(clicks.n_items).state_dict())
-    truth.loss(clicks.to_dense(), BETA).backward()
-    expected = truth.decoder[-1].weight.grad
+
+def check_gradient(name: str, provider: Provider, clicks: Clicks) -> float:
+    """Relative error of the loss's gradient for the last weight against the dense reference; NotTimed if it is wrong."""
+    expected = _true_gradient(clicks)
     provider.module.eval()
     provider.forward(provider.to_batch(clicks)).backward()
     provider.module.train()
+    # the last weight; of a padded one the padding's gradient must be 0
     actual = next(
-        p.grad for p in reversed(list(provider.module.parameters())) if p.grad is not None and p.grad.shape == expected.shape
+        p.grad for p in reversed(list(provider.module.parameters()))
+        if p.ndim == 2 and p.shape[1] == expected.shape[1] and len(p) >= len(expected)
     )  # fmt: skip
+    expected = F.pad(expected, (0, 0, 0, len(actual) - len(expected)))
     error = float((actual - expected).norm() / expected.norm())
     provider.module.zero_grad(set_to_none=True)
     if not error < (3e-2 if provider.bf16 else 1e-4):
-        raise SystemExit(f"bench: {name} is wrong by {error:.1e}, so it is not timed")
+        raise NotTimed(f"{name} is wrong by {error:.1e}")
+    return error
+
+
+def check_step(name: str, provider: Provider, clicks: Clicks) -> None:
+    """Make the first step; NotTimed unless it changes every weight: one without an optimiser would be fast."""
     before = _sums(provider.module)
     provider.step(provider.to_batch(clicks))
     if any(a == b for a, b in zip(before, _sums(provider.module), strict=True)):
-        raise SystemExit(f"bench: {name} leaves weights as they are, so it is not timed")
-    return error
+        raise NotTimed(f"{name} leaves weights as they are")
+
+
+def _true_gradient(clicks: Clicks) -> Tensor:
+    with torch.device(clicks.device):
+        truth = reference.MultiVAE([200, 600, clicks.n_items]).eval()
+    truth.load_state_dict(new_model(clicks.n_items, clicks.device).state_dict())
+    truth.loss(clicks.to_dense(), BETA).backward()
+    return truth.decoder[-1].weight.grad
 
 
 def _sums(module: nn.Module) -> list[float]:
