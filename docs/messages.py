@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "messages.md"
 KINDS = (
-    "ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "KeyboardInterrupt", "UserWarning",
+    "ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "KeyboardInterrupt",
 )  # fmt: skip
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {
@@ -87,7 +87,10 @@ def _calls(node: ast.AST, function: str):
 def _kind(call: ast.Call) -> str | None:
     if isinstance(call.func, ast.Name) and call.func.id in KINDS:
         return call.func.id
-    return "UserWarning" if ast.unparse(call.func) == "warnings.warn" else None
+    if ast.unparse(call.func) != "warnings.warn":
+        return None
+    given = [arg for arg in call.args[1:2] if isinstance(arg, ast.Name)]
+    return given[0].id if given else "UserWarning"
 
 
 def _text(node: ast.expr) -> str | None:

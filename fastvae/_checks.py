@@ -6,23 +6,29 @@ Messages have one form: `<where>: <argument> must <expected>, got <actual>[; <wh
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from .clicks import Clicks
+
+NORMALIZE = ("none", "clicks")  # older words for per_click, which config.json keeps
 
 
 def check_integer(where: str, name: str, value: Any, low: int = 0, high: int | None = 2**31) -> int:
     """value as an int of at least low, and below high where that is given."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{where}: {name} must be a whole number, got {value!r}")
+        raise TypeError(f"{where}: {name} must be a whole number, got {shown(value)}")
     number = int(value)
-    if number < low or (high is not None and number >= high):
-        exponent = 0 if high is None else high.bit_length() - 1
+    if number < low:
+        raise ValueError(f"{where}: {name} must be at least {low}, got {shown(number)}")
+    if high is not None and number >= high:
+        exponent = high.bit_length() - 1
         bound = f"2**{exponent}" if high == 2**exponent else high
-        expected = f"be at least {low}" if number < low else f"lie below {bound}"
-        raise ValueError(f"{where}: {name} must {expected}, got {value}")
+        raise ValueError(f"{where}: {name} must lie below {bound}, got {shown(number)}")
     return number
 
 
@@ -31,8 +37,11 @@ def check_number(
 ) -> float:  # fmt: skip
     """value as a finite float in [low, high), or in (low, high) where above is true."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-    number = float(value)
+        raise TypeError(f"{where}: {name} must be a number, got {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond every float
+        number = math.inf
     fits = (low < number if above else low <= number) and number < high
     if not fits or not math.isfinite(number):
         expected = "be a finite number"
@@ -40,17 +49,50 @@ def check_number(
             expected = f"lie in {'(' if above else '['}{low:g}, {high:g})"
         elif low > -math.inf:
             expected += f" above {low:g}" if above else f" of at least {low:g}"
-        raise ValueError(f"{where}: {name} must {expected}, got {value}")
+        raise ValueError(f"{where}: {name} must {expected}, got {shown(value)}")
     return number
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Sequence[str]) -> str:
     """value where it is one of the allowed words."""
     if not isinstance(value, str):
-        raise TypeError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise TypeError(f"{where}: {name} must be one of {', '.join(allowed)}, got {shown(value)}")
     if value not in allowed:
-        raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {shown(value)}")
     return value
+
+
+def check_flag(where: str, name: str, value: Any) -> bool:
+    """value where it is True or False; nothing else counts as one: "no" would be true."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{where}: {name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def check_per_click(where: str, per_click: Any, normalize: Any, stacklevel: int = 3) -> bool:
+    """per_click, or what the older option normalize="none"|"clicks" says, with a DeprecationWarning.
+
+    A text in per_click's place is normalize given by position.
+    """
+    if normalize is None and isinstance(per_click, str):
+        per_click, normalize = False, per_click
+    if normalize is None:
+        return check_flag(where, "per_click", per_click)
+    by_clicks = check_choice(where, "normalize", normalize, NORMALIZE) == "clicks"
+    warnings.warn(
+        f"{where}: normalize must become per_click=True or per_click=False, got {normalize!r}",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+    return by_clicks
+
+
+def shown(value: Any) -> str:
+    """repr of a value, cut to what a sentence can hold; whole numbers too long for Python's own text included."""
+    if isinstance(value, Integral) and abs(int(value)) >= 10**40:
+        return "a whole number of more than 40 digits"
+    text = str(value) if isinstance(value, Real) else repr(value)  # np.float32(2) is 2.0
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_clicks(where: str, name: str, value: Any) -> None:

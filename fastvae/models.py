@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_catalogue
+from ._checks import check_catalogue, check_per_click
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
 from .ops._checks import sum_dtype
-
-NORMALIZE = ("none", "clicks")
 
 
 class ItemMajorLinear(nn.Linear):
@@ -169,28 +167,33 @@ class _MultiModel(nn.Module):
         """z, and the kld of each user [n_users] or None for a model without."""
         raise NotImplementedError
 
-    def loss_terms(self, clicks: Clicks, normalize: str = "none") -> tuple[Tensor, Tensor]:
+    def loss_terms(
+        self, clicks: Clicks, per_click: bool = False, normalize: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """nll and kld of each user, both [n_users] in nats, fp32 (fp64 in an fp64 model).
 
         loss is mean(nll + beta * kld).
-        normalize="clicks" divides both by the user's clicks N_u (a user without clicks counts 0).
+        per_click=True divides both by the user's clicks N_u (a user without clicks counts 0).
         """
-        if normalize not in NORMALIZE:
-            raise ValueError(
-                f"loss: normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}"
-            )
+        per_click = check_per_click("loss", per_click, normalize)
         check_catalogue("loss", "clicks", clicks, self.n_items)
         z, kld = self.latent(clicks)
         hidden, last = self.decode.hidden(z), self.decode.output
         nll = linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
         kld = torch.zeros_like(nll) if kld is None else kld
-        if normalize == "clicks":
+        if per_click:
             n_clicks = clicks.row_sums()
-            per_click = torch.where(n_clicks > 0, 1 / n_clicks.clamp_min(1e-30), 0)
-            nll, kld = nll * per_click, kld * per_click
+            share = torch.where(n_clicks > 0, 1 / n_clicks.clamp_min(1e-30), 0)
+            nll, kld = nll * share, kld * share
         return nll, kld
 
-    def loss(self, clicks: Clicks, beta: float | Tensor = 0.0, normalize: str = "none") -> Tensor:
+    def loss(
+        self,
+        clicks: Clicks,
+        beta: float | Tensor = 0.0,
+        per_click: bool = False,
+        normalize: str | None = None,
+    ) -> Tensor:
         """Mean over users of nll + beta * kld, a scalar in nats per user: the fast path, no logits leave it.
 
         >>> model = MultiVAE([8, 16, 100])
@@ -199,12 +202,14 @@ class _MultiModel(nn.Module):
 
         clicks     [n_users, n_items] on the model's device; train.rows(ids) for a batch
         beta       weight of kld, a float or a scalar tensor
-        normalize  "none", as the paper and its results; "clicks" divides a user's two terms by N_u
+        per_click  False, as the paper and its results; True divides a user's two terms by N_u
+        normalize  older words for it, "none" or "clicks"; they go on working with a DeprecationWarning
         Raises: ValueError, TypeError or RuntimeError for arguments that do not fit.
         Source: Liang et al. 2018, eq. 7 with beta; reference: fastvae.reference.
         """
         _check_beta("loss", "beta", beta)
-        return _mean_loss(*self.loss_terms(clicks, normalize), beta)
+        per_click = check_per_click("loss", per_click, normalize)
+        return _mean_loss(*self.loss_terms(clicks, per_click), beta)
 
 
 class MultiVAE(_MultiModel):
@@ -242,15 +247,20 @@ class MultiVAE(_MultiModel):
         return z, _kld(mu.to(total), logvar.to(total))
 
     def forward(
-        self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
+        self,
+        x: Tensor | Clicks,
+        beta: float | Tensor | None = None,
+        per_click: bool = False,
+        normalize: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         """logits [n_users, n_items], mu and logvar [n_users, n_latent]; x dense float or Clicks.
 
-        With beta given, what loss(x, beta, normalize) returns, for wrappers such as DistributedDataParallel that see
+        With beta given, what loss(x, beta, per_click) returns, for wrappers such as DistributedDataParallel that see
         nothing but forward. There each process must draw dropout and noise of its own: torch.manual_seed(rank).
         """
-        if _wants_loss(self, beta, normalize):
-            return self.loss(x, beta, normalize)  # type: ignore[arg-type]
+        per_click = check_per_click("loss", per_click, normalize, stacklevel=5)
+        if _wants_loss(self, beta, per_click):
+            return self.loss(x, beta, per_click)  # type: ignore[arg-type]
         z, mu, logvar = self._sample(_check_input(self, x))
         return self.decode(z), mu, logvar
 
@@ -272,11 +282,16 @@ class MultiDAE(_MultiModel):
         return self.encode(x), None
 
     def forward(
-        self, x: Tensor | Clicks, beta: float | Tensor | None = None, normalize: str = "none"
+        self,
+        x: Tensor | Clicks,
+        beta: float | Tensor | None = None,
+        per_click: bool = False,
+        normalize: str | None = None,
     ) -> Tensor:
         """logits [n_users, n_items]; x dense float or Clicks. With beta given the loss, see MultiVAE.forward."""
-        if _wants_loss(self, beta, normalize):
-            return self.loss(x, beta, normalize)  # type: ignore[arg-type]
+        per_click = check_per_click("loss", per_click, normalize, stacklevel=5)
+        if _wants_loss(self, beta, per_click):
+            return self.loss(x, beta, per_click)  # type: ignore[arg-type]
         return self.decode(self.encode(_check_input(self, x)))
 
 
@@ -387,10 +402,10 @@ def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) 
     return dropout
 
 
-def _wants_loss(model: _MultiModel, beta: float | Tensor | None, normalize: str) -> bool:
-    if beta is None and normalize != "none":
+def _wants_loss(model: _MultiModel, beta: float | Tensor | None, per_click: bool) -> bool:
+    if beta is None and per_click:
         name = type(model).__name__
-        raise ValueError(f"{name}: beta must be given where normalize is {normalize!r}, got None")
+        raise ValueError(f"{name}: beta must be given where per_click is True, got None")
     return beta is not None
 
 

@@ -110,13 +110,15 @@ class RunFolder:
                 )
         then = read_config(self.path)
         for name, value in self.config.items():
-            if then.get(name) != value and name in ("train", "validation"):
+            if then.get(name) == value:
+                continue
+            if name in ("train", "validation"):
                 got = "none" if value is None else "others"
                 raise ValueError(f"fit: {name} must be the clicks of the run to resume, got {got}")
-            if then.get(name) != value:
-                raise ValueError(
-                    f"fit: {name} must be {then.get(name)} as in the run to resume, got {value}"
-                )
+            old = then.get(name)
+            if name == "normalize":  # which fit calls per_click
+                name, old, value = "per_click", old == "clicks", value == "clicks"
+            raise ValueError(f"fit: {name} must be {old} as in the run to resume, got {value}")
         self._remove_leftovers()
 
     def take_items(self, then: list[str] | None) -> None:

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import (
+    NORMALIZE,
+    check_catalogue,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_per_click,
+)
 from .clicks import Clicks, dtype_name
 from .evaluate import evaluate
-from .models import NORMALIZE, MultiDAE, MultiVAE
+from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
 from .step import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam, get_rng, matmul_precision, set_rng
@@ -66,13 +74,21 @@ class FitResult:
 
 @dataclass(frozen=True)
 class _Settings:
+    """What a resumed run must have in common with the run it goes on with."""
+
     batch_size: int
     lr: float
     anneal_cap: float
     total_anneal_steps: int
-    normalize: str
+    per_click: bool
     precision: str
     seed: int
+
+    def config(self) -> dict[str, Any]:
+        """As in config.json, which keeps an older name for per_click."""
+        settings = asdict(self)
+        older = NORMALIZE[settings.pop("per_click")]
+        return settings | {"normalize": older}
 
 
 def fit(
@@ -86,7 +102,7 @@ def fit(
     anneal_cap: float = 0.2,
     total_anneal_steps: int = 200_000,
     patience: int | None = None,
-    normalize: str = "none",
+    per_click: bool = False,
     precision: str = "fp32",
     seed: int = 0,
     run_dir: str | os.PathLike[str] | None = None,
@@ -94,6 +110,7 @@ def fit(
     items: Sequence[str] | None = None,
     progress: bool = False,
     cuda_graph: bool = False,
+    normalize: str | None = None,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
 
@@ -108,38 +125,39 @@ def fit(
     lr          learning rate of Adam
     anneal_cap, total_anneal_steps  see beta_at; total_anneal_steps 0 keeps beta at anneal_cap
     patience    stop after so many epochs without a better validation NDCG@100; None: never
-    normalize   "none" or "clicks", see model.loss
+    per_click   divide a user's loss by the user's clicks, see model.loss
     precision   "fp32"; "bf16": products in bf16, weights and sums in fp32; "tf32": on a GPU
     seed        of the order of users, dropout and noise (not of the model's initial weights)
     run_dir     run folder to write, or None; one training at a time
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
     items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
     progress    show a progress bar (extra cli)
+    normalize   older words for per_click, see model.loss
     cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
 
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    _check_numbers(
-        (int, np.integer),
-        "a whole number",
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        patience=patience,
-        total_anneal_steps=total_anneal_steps,
-    )
-    _check_numbers((Real,), "a number", lr=lr, anneal_cap=anneal_cap)
-    settings = _Settings(
-        int(batch_size), float(lr), float(anneal_cap), int(total_anneal_steps), normalize, precision, int(seed)
-    )  # fmt: skip
     _check_model(model, run_dir)
-    _check_data(model, train, validation, items)
     device = next(model.parameters()).device
-    _check_settings(settings, device, epochs, patience)
-    if patience is not None and validation is None:
-        raise ValueError(f"fit: patience must be None without validation, got {patience}")
+    settings = _Settings(
+        check_integer("fit", "batch_size", batch_size, 1),
+        check_number("fit", "lr", lr, 0, above=True),
+        check_number("fit", "anneal_cap", anneal_cap, 0),
+        check_integer("fit", "total_anneal_steps", total_anneal_steps, high=None),
+        check_per_click("fit", per_click, normalize),
+        check_choice("fit", "precision", precision, _precisions(device)),
+        check_integer("fit", "seed", seed, high=2**63),
+    )
+    check_integer("fit", "epochs", epochs)
+    for name, flag in (("resume", resume), ("progress", progress), ("cuda_graph", cuda_graph)):
+        check_flag("fit", name, flag)
+    _check_data(model, train, validation, items)
+    if patience is not None:
+        check_integer("fit", "patience", patience, 1)
+        if validation is None:
+            raise ValueError(f"fit: patience must be None without validation, got {patience}")
     if cuda_graph and device.type != "cuda":
         raise ValueError("fit: cuda_graph must be False where the model is not on a GPU, got True")
     train = train.to(device)
@@ -149,7 +167,7 @@ def fit(
         raise ValueError("fit: run_dir must be given to resume, got None")
     run = None
     if run_dir is not None:
-        run = RunFolder(Path(run_dir), model, asdict(settings), train, validation, items)
+        run = RunFolder(Path(run_dir), model, settings.config(), train, validation, items)
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
         if resume:
@@ -249,7 +267,7 @@ class _Trainer:
         with torch.autocast(
             clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False
         ):
-            nll, kld = self.model.loss_terms(clicks, s.normalize)
+            nll, kld = self.model.loss_terms(clicks, s.per_click)
         loss = (nll + beta * kld).mean()
         if loss.device.type == "cpu" and not torch.isfinite(loss):
             raise self._not_finite(loss.item())  # before the weights are touched
@@ -396,11 +414,8 @@ def _held_interrupt() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_numbers(kinds: tuple[type, ...], expected: str, **numbers: Any) -> None:
-    for name, value in numbers.items():
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if not fits and not (name == "patience" and value is None):
-            raise TypeError(f"fit: {name} must be {expected}, got {value!r}")
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    return PRECISIONS if device.type != "cpu" else tuple(p for p in PRECISIONS if p != "tf32")
 
 
 def _check_model(model, run_dir) -> None:
@@ -409,6 +424,13 @@ def _check_model(model, run_dir) -> None:
         raise TypeError(
             f"fit: model must be a MultiVAE or MultiDAE, got {got}; pass the model itself where that wraps one"
         )
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"fit: model must be float32, got {dtype_name(p.dtype)}; precision='bf16' computes in bf16 all the same"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("fit: model must have a weight that requires grad, got none")
     if run_dir is not None and type(model) not in (MultiVAE, MultiDAE):
         raise TypeError(
             f"fit: model must be a MultiVAE or MultiDAE itself where run_dir is given, got {got}; "
@@ -417,30 +439,11 @@ def _check_model(model, run_dir) -> None:
 
 
 def _check_data(model, train, validation, items) -> None:
-    pair = isinstance(validation, tuple | list) and len(validation) == 2
-    if validation is not None and not pair:
-        got = type(validation).__name__
-        raise TypeError(f"fit: validation must be two Clicks (fold_in, held_out), got {got}")
-    named = (("train", train), *zip(("fold_in", "held_out"), validation or (), strict=False))
-    for name, clicks in named:
-        if not isinstance(clicks, Clicks):
-            got = type(clicks).__name__
-            raise TypeError(f"fit: {name} must be Clicks, got {got}; pass Clicks.from_matrix(x)")
-        if clicks.n_items != model.n_items:
-            raise ValueError(
-                f"fit: {name} must have the model's {model.n_items} items, got {clicks.n_items}"
-            )
+    check_catalogue("fit", "train", train, model.n_items)
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
     if validation is not None:
-        _check_validation(*validation)
-    dtype = next(model.parameters()).dtype
-    if dtype != torch.float32:
-        raise ValueError(
-            f"fit: model must be float32, got {dtype_name(dtype)}; precision='bf16' computes in bf16 all the same"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("fit: model must have a weight that requires grad, got none")
+        _check_validation(validation, model.n_items)
     if items is not None and not isinstance(items, Collection):
         raise TypeError(f"fit: items must be a list of ids, got {type(items).__name__}")
     if items is not None and len(items) != model.n_items:
@@ -449,7 +452,15 @@ def _check_data(model, train, validation, items) -> None:
         raise ValueError("fit: items must be distinct, got one twice")
 
 
-def _check_validation(fold_in: Clicks, held_out: Clicks) -> None:
+def _check_validation(validation, n_items: int) -> None:
+    if not isinstance(validation, tuple | list) or len(validation) != 2:
+        got = type(validation).__name__
+        if isinstance(validation, tuple | list):
+            got += f" of {len(validation)}"
+        raise TypeError(f"fit: validation must be two Clicks (fold_in, held_out), got {got}")
+    fold_in, held_out = validation
+    check_catalogue("fit", "fold_in", fold_in, n_items)
+    check_catalogue("fit", "held_out", held_out, n_items)
     if fold_in.n_users != held_out.n_users:
         raise ValueError(
             f"fit: held_out must have the {fold_in.n_users} users of fold_in, got {held_out.n_users}"
@@ -458,27 +469,3 @@ def _check_validation(fold_in: Clicks, held_out: Clicks) -> None:
         raise ValueError(
             "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
         )
-
-
-def _check_settings(settings: _Settings, device: torch.device, epochs, patience) -> None:
-    allowed = [p for p in PRECISIONS if p != "tf32" or device.type != "cpu"]
-    s = settings
-    rules = (
-        ("epochs", epochs, epochs >= 0, "be at least 0"),
-        ("batch_size", s.batch_size, 1 <= s.batch_size < 2**31, "lie in [1, 2**31)"),
-        ("lr", s.lr, 0 < s.lr < math.inf, "be a finite number above 0"),
-        (
-            "anneal_cap",
-            s.anneal_cap,
-            0 <= s.anneal_cap < math.inf,
-            "be a finite number of at least 0",
-        ),
-        ("total_anneal_steps", s.total_anneal_steps, s.total_anneal_steps >= 0, "be at least 0"),
-        ("seed", s.seed, 0 <= s.seed < 2**63, "lie in [0, 2**63)"),
-        ("patience", patience, patience is None or patience >= 1, "be at least 1"),
-        ("normalize", s.normalize, s.normalize in NORMALIZE, f"be one of {', '.join(NORMALIZE)}"),
-        ("precision", s.precision, s.precision in allowed, f"be one of {', '.join(allowed)}"),
-    )
-    for name, value, fits, expected in rules:
-        if not fits:
-            raise ValueError(f"fit: {name} must {expected}, got {value}")

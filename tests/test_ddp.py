@@ -119,22 +119,22 @@ def test_ranks_with_seeds_of_their_own_draw_masks_of_their_own(ranks):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("normalize", ["none", "clicks"])
-def test_forward_with_beta_is_the_loss(name, normalize):
+@pytest.mark.parametrize("per_click", [False, True])
+def test_forward_with_beta_is_the_loss(name, per_click):
     torch.manual_seed(0)
     model, clicks = MODELS[name]([4, 6, N_ITEMS]), random_clicks([3, 0, 9], N_ITEMS)
     torch.manual_seed(1)
-    by_forward = model(clicks, beta=0.2, normalize=normalize)
+    by_forward = model(clicks, beta=0.2, per_click=per_click)
     torch.manual_seed(1)
-    assert torch.equal(by_forward, model.loss(clicks, 0.2, normalize))
+    assert torch.equal(by_forward, model.loss(clicks, 0.2, per_click))
     assert model(clicks, beta=0.0).shape == ()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_normalize_without_beta_is_refused(name):
+def test_per_click_without_beta_is_refused(name):
     model, clicks = MODELS[name]([4, 6, N_ITEMS]), Clicks([0, 1], [0], n_items=N_ITEMS)
     with pytest.raises(ValueError) as caught:
-        model(clicks, normalize="clicks")
-    assert str(caught.value) == f"{name}: beta must be given where normalize is 'clicks', got None"
+        model(clicks, per_click=True)
+    assert str(caught.value) == f"{name}: beta must be given where per_click is True, got None"
     with pytest.raises(TypeError, match=r"^loss: clicks must be Clicks, got Tensor"):
         model(clicks.to_dense(), beta=0.2)

@@ -126,25 +126,23 @@ def test_a_hundred_optimiser_steps_stay_with_the_reference(make):
         assert (p - s).norm() > 1e-2 * s.norm(), f"{name} was trained"
 
 
-def test_normalize_by_clicks():
+def test_per_click():
     model, _ = pair([4, 6, 9])
     clicks = random_clicks([3, 0, 9], 9, counts=True)
     torch.manual_seed(0)
     nll, kld = model.loss_terms(clicks)
     torch.manual_seed(0)
-    by_clicks = model.loss(clicks, 0.5, normalize="clicks")
+    by_clicks = model.loss(clicks, 0.5, per_click=True)
     n = clicks.row_sums()
     expected = sum((nll[u] + 0.5 * kld[u]) / n[u] for u in (0, 2)) / 3
     assert by_clicks.item() == pytest.approx(expected.item())
 
 
-def test_normalize_by_clicks_counts_exactly_under_autocast():
+def test_per_click_counts_exactly_under_autocast():
     model = MultiVAE([4, 6, 9]).eval()
     clicks = Clicks([0, 2], [1, 3], [200.0, 57.0], n_items=9)  # 257 is no bf16 number
     with torch.autocast("cpu", torch.bfloat16):
-        nll, by_clicks = (
-            model.loss_terms(clicks, normalize)[0] for normalize in ("none", "clicks")
-        )
+        nll, by_clicks = (model.loss_terms(clicks, per_click)[0] for per_click in (False, True))
     torch.testing.assert_close(by_clicks * 257, nll)
 
 
@@ -292,6 +290,25 @@ def test_bad_widths_and_dropouts_are_named(arguments, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(("older", "per_click"), [("none", False), ("clicks", True)])
+def test_the_older_words_for_per_click_go_on_working(older, per_click):
+    model, clicks = MultiVAE([4, 6, 9]).eval(), random_clicks([3, 0, 9], 9, counts=True)
+    expected = model.loss(clicks, 0.5, per_click).item()
+    text = rf"loss: normalize must become per_click=True or per_click=False, got '{older}'"
+    for call in (
+        lambda: model.loss(clicks, 0.5, normalize=older),
+        lambda: model.loss(clicks, 0.5, older),
+        lambda: model(clicks, 0.5, normalize=older),
+    ):
+        with pytest.warns(DeprecationWarning, match=text) as warned:
+            assert call().item() == expected
+        # once, and at the line of the caller
+        assert [warning.filename for warning in warned] == [__file__]
+    with pytest.warns(DeprecationWarning, match=text):
+        terms = model.loss_terms(clicks, normalize=older)
+    assert all(map(torch.equal, terms, model.loss_terms(clicks, per_click)))
+
+
 def test_bad_input_is_named():
     model, clicks = MultiVAE([4, 6, 9]), random_clicks([2], 8)
     for call, error, message in [
@@ -301,6 +318,8 @@ def test_bad_input_is_named():
         (lambda: model.loss(torch.ones(2, 9)), TypeError, "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         (lambda: model.loss(clicks), ValueError, "loss: clicks must have the model's 9 items, got 8"),
         (lambda: model.loss(clicks, normalize="user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
+        (lambda: model.loss(clicks, 0.0, "user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
+        (lambda: model.loss(clicks, 0.0, 1), TypeError, "loss: per_click must be True or False, got 1"),
         (lambda: model.loss(clicks, torch.ones(3)), ValueError, "loss: beta must be a scalar, got shape [3]"),
         (lambda: model.loss(clicks, "a"), TypeError, "loss: beta must be a float or a scalar tensor, got str"),
         (lambda: vae_loss_fn(clicks, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), None), TypeError, "vae_loss_fn: anneal must be a float or a scalar tensor, got NoneType"),

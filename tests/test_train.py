@@ -421,8 +421,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"validation": (random_clicks([2], 5), random_clicks([2], 5))}, ValueError, "fit: fold_in must have the model's 40 items, got 5"),
         ({"validation": (random_clicks([2], N_ITEMS), random_clicks([0], N_ITEMS))}, ValueError, "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"),
         ({"epochs": -1}, ValueError, "fit: epochs must be at least 0, got -1"),
-        ({"batch_size": 0}, ValueError, "fit: batch_size must lie in [1, 2**31), got 0"),
-        ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0.0"),
+        ({"batch_size": 0}, ValueError, "fit: batch_size must be at least 1, got 0"),
+        ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0"),
         ({"lr": "fast"}, TypeError, "fit: lr must be a number, got 'fast'"),
         ({"total_anneal_steps": 0.5}, TypeError, "fit: total_anneal_steps must be a whole number, got 0.5"),
         ({"items": ["a", "a", *"bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]}, ValueError, "fit: items must be distinct, got one twice"),
@@ -436,11 +436,18 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"model": torch.nn.Linear(N_ITEMS, 2)}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got Linear; pass the model itself where that wraps one"),
         ({"model": torch.compile(model())}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got OptimizedModule; pass the model itself where that wraps one"),
         ({"validation": torch.ones(2, N_ITEMS)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got Tensor"),
-        ({"validation": (random_clicks([2], N_ITEMS),)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got tuple"),
+        ({"validation": (random_clicks([2], N_ITEMS),)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got tuple of 1"),
         ({"validation": (torch.ones(1, N_ITEMS), torch.ones(1, N_ITEMS))}, TypeError, "fit: fold_in must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         ({"patience": 0}, ValueError, "fit: patience must be at least 1, got 0"),
-        ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got fp16"),
-        ({"normalize": "user"}, ValueError, "fit: normalize must be one of none, clicks, got user"),
+        ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got 'fp16'"),
+        ({"normalize": "user"}, ValueError, "fit: normalize must be one of none, clicks, got 'user'"),
+        ({"per_click": 1}, TypeError, "fit: per_click must be True or False, got 1"),
+        ({"resume": "no"}, TypeError, "fit: resume must be True or False, got 'no'"),
+        ({"precision": torch.bfloat16}, TypeError, "fit: precision must be one of fp32, bf16, got torch.bfloat16"),
+        ({"batch_size": 2**31}, ValueError, "fit: batch_size must lie below 2**31, got 2147483648"),
+        ({"epochs": 10**5000}, ValueError, "fit: epochs must lie below 2**31, got a whole number of more than 40 digits"),
+        ({"lr": 10**400}, ValueError, "fit: lr must be a finite number above 0, got a whole number of more than 40 digits"),
+        ({"seed": True}, TypeError, "fit: seed must be a whole number, got True"),
         ({"items": ["a"]}, ValueError, "fit: items must hold 40 ids, got 1"),
         ({"resume": True}, ValueError, "fit: run_dir must be given to resume, got None"),
     ],
@@ -460,6 +467,18 @@ def test_resume_with_other_settings_or_nothing_to_resume_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         fit(model(), train, epochs=2, run_dir=tmp_path / "run", lr=1e-2, resume=True)
     assert str(caught.value) == "fit: lr must be 0.001 as in the run to resume, got 0.01"
+    with pytest.raises(ValueError) as caught:
+        fit(model(), train, epochs=2, run_dir=tmp_path / "run", per_click=True, resume=True)
+    assert str(caught.value) == "fit: per_click must be False as in the run to resume, got True"
+
+
+def test_a_run_of_the_older_words_for_per_click_is_resumed_by_it(tmp_path):
+    train, _ = learnable()
+    with pytest.warns(DeprecationWarning, match="fit: normalize must become per_click=True"):
+        fit(model(), train, epochs=1, run_dir=tmp_path / "run", normalize="clicks")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["normalize"] == "clicks"
+    result = fit(model(), train, epochs=2, run_dir=tmp_path / "run", per_click=True, resume=True)
+    assert len(result.history) == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "last.pt"])
@@ -475,7 +494,7 @@ def test_a_run_folder_that_lost_a_file_is_not_resumed(tmp_path, name):
     )
 
 
-def dense_fit(model, train, epochs, batch_size, seed, normalize, total_anneal_steps):
+def dense_fit(model, train, epochs, batch_size, seed, per_click, total_anneal_steps):
     """fit's batches, dropout masks, noise and beta with the dense reference model, divided by clicks or not."""
     dense = reference.MultiVAE(model.p_dims)
     dense.load_state_dict(model.state_dict())
@@ -491,7 +510,7 @@ def dense_fit(model, train, epochs, batch_size, seed, normalize, total_anneal_st
             logits, mu, logvar = dense(x, keep, noise)
             nll = -(torch.log_softmax(logits, 1) * x).sum(1)
             loss = nll + min(0.2, update / total_anneal_steps) * reference.kld(mu, logvar)
-            if normalize == "clicks":
+            if per_click:
                 loss = loss / x.sum(1)
             optimizer.zero_grad()
             loss.mean().backward()
@@ -500,13 +519,13 @@ def dense_fit(model, train, epochs, batch_size, seed, normalize, total_anneal_st
     return dense
 
 
-@pytest.mark.parametrize("normalize", ["none", "clicks"])
-def test_fit_is_the_dense_loop_on_the_same_draws_from_a_model_in_eval_mode(normalize):
+@pytest.mark.parametrize("per_click", [False, True])
+def test_fit_is_the_dense_loop_on_the_same_draws_from_a_model_in_eval_mode(per_click):
     train = random_clicks([3, 9, 5, 7, 4, 6, 8] * 6, N_ITEMS, counts=True)
     net = model().eval()  # as load_model gives it
     options = {"epochs": 2, "batch_size": 10, "seed": 3, "total_anneal_steps": 100}
-    dense = dense_fit(net, train, normalize=normalize, **options)
-    result = fit(net, train, normalize=normalize, **options)
+    dense = dense_fit(net, train, per_click=per_click, **options)
+    result = fit(net, train, per_click=per_click, **options)
     for (name, actual), expected in zip(
         net.named_parameters(), dense.state_dict().values(), strict=True
     ):
