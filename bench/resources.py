@@ -25,7 +25,13 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
+from fastvae.kernels import (
+    linear_multinomial_nll,
+    multinomial_nll,
+    sample_latent,
+    sparse_linear,
+    tiles,
+)
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -35,8 +41,8 @@ TARGETS = {
 }
 if "amd" in backends:
     TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-# the outer layers of ML-20M's model: 600 hidden units; 20,108 items, in a buffer padded to 20,224
-N_HIDDEN, N_PADDED = 600, 20_224
+# ML-20M's model: 600 hidden units, 200 latents; 20,108 items, in a buffer padded to 20,224
+N_HIDDEN, N_LATENT, N_PADDED = 600, 200, 20_224
 TYPES = {
     "indptr_ptr": "*i64",
     "indices_ptr": "*i32",
@@ -149,7 +155,29 @@ def sparse_linear_cases(chip: str) -> Iterator[Case]:
     yield Case(module._sparse_linear_bwd_values_kernel, "any", per_click, shape, wide=False)
 
 
-CASES = (sparse_linear_cases, multinomial_nll_cases, linear_multinomial_nll_cases)
+def sample_latent_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/sample_latent.py."""
+    block_d, num_warps = sample_latent.block_of(N_LATENT)
+    tile = FixedTile(block_d, 0, num_warps)
+    for dtype in ("bf16", "fp32"):
+        pointers = {
+            f"{name}_ptr": f"*{dtype}" for name in ("encoded", "noise", "z", "dz", "dencoded")
+        }
+        shape = {"N_LATENT": N_LATENT, "BLOCK_D": block_d}
+        # a warp of gfx942 has 64 threads for the same block: 8 bytes of bf16 each
+        wide = chip != "gfx942" or dtype == "fp32"
+        for detail, more in ((dtype, {}), (f"{dtype}, no noise", {"noise_ptr": None})):
+            arguments = pointers | shape | more
+            yield Case(sample_latent._sample_latent_fwd_kernel, detail, tile, arguments, wide=wide)
+            yield Case(sample_latent._sample_latent_bwd_kernel, detail, tile, arguments, wide=wide)
+
+
+CASES = (
+    sparse_linear_cases,
+    sample_latent_cases,
+    multinomial_nll_cases,
+    linear_multinomial_nll_cases,
+)
 
 
 def compile_case(case: Case, chip: str) -> Any:

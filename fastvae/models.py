@@ -2,7 +2,7 @@
 
     h        = tanh(W (dropout(x / ||x||)) + b)        sparse_linear: reads the clicks, not a dense row
     mu, logvar = W h + b                               (MultiDAE: tanh of one vector instead)
-    z        = mu + exp(logvar / 2) * noise            in training; mu in evaluation
+    z        = mu + exp(logvar / 2) * noise            sample_latent, in training; mu in evaluation
     logits   = W tanh(W z + b) + b
     loss     = mean over users of nll + beta * kld     linear_multinomial_nll: no logits, no dense target
 
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_per_click
 from .clicks import Clicks, dtype_name
-from .ops import linear_multinomial_nll, multinomial_nll, sparse_linear
-from .ops._checks import sum_dtype
+from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
 
 
 class ItemMajorLinear(nn.Linear):
@@ -128,7 +127,8 @@ class Decoder(nn.Module):
 
 
 def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
-    h = F.dropout(h, dropout, module.training)
+    if dropout > 0:  # with nothing to drop the call alone takes its time
+        h = F.dropout(h, dropout, module.training)
     return torch.tanh(h) if module.tanh_after_dropout else h
 
 
@@ -234,17 +234,16 @@ class MultiVAE(_MultiModel):
     two_heads = True
 
     def _sample(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
-        mu, logvar = self.encode(x).chunk(2, dim=1)
-        if not self.training:
-            return mu, mu, logvar
-        noise = torch.randn_like(mu)
-        return mu + torch.exp(logvar / 2) * noise, mu, logvar
+        encoded = self.encode(x)
+        mu, logvar = encoded.chunk(2, dim=1)
+        z = sample_latent(encoded, torch.randn_like(mu))[0] if self.training else mu
+        return z, mu, logvar
 
     def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
         """z [n_users, n_latent] and kld [n_users] in fp32, or in fp64 where the model is."""
-        z, mu, logvar = self._sample(x)
-        total = sum_dtype(mu.dtype)
-        return z, _kld(mu.to(total), logvar.to(total))
+        encoded = self.encode(x)
+        noise = torch.randn_like(encoded[:, : self.p_dims[0]]) if self.training else None
+        return sample_latent(encoded, noise)
 
     def forward(
         self,

@@ -112,6 +112,17 @@ def kld(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
 
 
+def sample_latent(encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z = mu + exp(logvar / 2) * noise and the kld of each user; without noise z = mu.
+
+    encoded  [n_users, 2 n_latent]: mu and logvar side by side
+    noise    [n_users, n_latent], or None
+    """
+    mu, logvar = encoded.chunk(2, dim=1)
+    z = mu if noise is None else mu + torch.exp(logvar / 2) * noise
+    return z, kld(mu, logvar)
+
+
 class MultiVAE(nn.Module):
     """The dense Mult-VAE (with two_heads=False Mult-DAE), as in the paper; keys as fastvae.MultiVAE.
 

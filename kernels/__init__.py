@@ -3,6 +3,7 @@
 sparse_linear           first dense layer from CSR rows: L2 norm, dropout, gather-sum, bias, tanh
 multinomial_nll         log-softmax x clicks from existing logits
 linear_multinomial_nll  last dense layer and the same loss, logits never returned
+sample_latent           the encoder's output to z and kld, and back
 tiles                   launch configurations by chip and shape
 """
 

@@ -3,6 +3,13 @@
 from ._dispatch import has_triton
 from .linear_multinomial_nll import linear_multinomial_nll
 from .multinomial_nll import multinomial_nll
+from .sample_latent import sample_latent
 from .sparse_linear import sparse_linear
 
-__all__ = ["has_triton", "linear_multinomial_nll", "multinomial_nll", "sparse_linear"]
+__all__ = [
+    "has_triton",
+    "linear_multinomial_nll",
+    "multinomial_nll",
+    "sample_latent",
+    "sparse_linear",
+]

@@ -55,8 +55,9 @@ class Op:
     """fastvae::name with a function for each device, and a gradient where setup_context and backward are given.
 
     cpu, cuda, fake  take the same flat arguments; a tensor that says the device comes first
-    setup_context, backward  as torch.library.register_autograd takes them; only the first result has a gradient
-    A call returns all results, with a gradient the first one alone.
+    setup_context, backward  as torch.library.register_autograd takes them
+    n_differentiable  results that have a gradient, the first ones
+    A call returns all results, with a gradient only those that have one: a tensor, or a tuple of several.
     """
 
     def __init__(
@@ -67,34 +68,39 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        n_differentiable: int = 1,
     ):
         self.registered = torch.library.custom_op(
             f"fastvae::{name}", cpu, mutates_args=(), device_types="cpu"
         )
         self.registered.register_kernel("cuda", cuda)
         self.registered.register_fake(fake)
-        self.cpu, self.cuda = cpu, cuda
+        self.cpu, self.cuda, self.n_differentiable = cpu, cuda, n_differentiable
         self.function: type[torch.autograd.Function] | None = None
         if setup_context is not None and backward is not None:
             self.registered.register_autograd(backward, setup_context=setup_context)
-            self.function = _function(name, self.plain, setup_context, backward)
+            self.function = _function(self, name, setup_context, backward)
 
     def plain(self, *args: Any) -> Any:
         """The device's own function; no autograd, nothing registered."""
         return (self.cuda if uses_kernels(args[0]) else self.cpu)(*args)
 
+    def differentiable(self, result: tuple[Any, ...]) -> Any:
+        """What a call with a gradient returns of all results."""
+        return result[0] if self.n_differentiable == 1 else result[: self.n_differentiable]
+
     def __call__(self, *args: Any) -> Any:
         if is_watched(args):
             result = self.registered(*args)
-            return result if self.function is None else result[0]
+            return result if self.function is None else self.differentiable(result)
         return self.plain(*args) if self.function is None else self.function.apply(*args)
 
 
-def _function(name: str, plain, setup_context, backward) -> type[torch.autograd.Function]:
+def _function(op: Op, name: str, setup_context, backward) -> type[torch.autograd.Function]:
     def forward(ctx, *inputs):
-        output = plain(*inputs)
+        output = op.plain(*inputs)
         setup_context(ctx, inputs, output)
-        return output[0]
+        return op.differentiable(output)
 
     members = {
         "forward": staticmethod(forward),
