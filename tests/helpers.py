@@ -1,5 +1,6 @@
 """What several test files share: the device, random clicks, and the one rule of accuracy."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,16 @@ if DEVICE == "cuda":
     KERNEL_DTYPES.append(torch.bfloat16)
 
 
-def run_child(name, *arguments):
-    """A program of tests/children in a process of its own, with what it prints."""
-    program = Path(__file__).parent / "children" / name
-    command = [sys.executable, str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run_child(name, *arguments, **environment):
+    """A program of tests/children in a process of its own, with what it prints; it can import what tests can."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(tests / "children" / name), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 class Fixed(nn.Module):

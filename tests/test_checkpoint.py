@@ -6,8 +6,6 @@ import pickle  # noqa: TID251  hostile files are made with it
 import re
 import resource
 import signal
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_clicks
+from helpers import random_clicks, run_child
 
 from fastvae import Clicks, MultiDAE, MultiVAE, fit, load_model, recommend
 from fastvae.checkpoint import read_checkpoint, write_checkpoint
@@ -459,23 +457,10 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_the_file(tmp_path, monke
     assert path.read_bytes() == whole and os.listdir(tmp_path) == ["model.pt"]
 
 
-LIMITED = """
-import resource, signal, sys, torch
-from fastvae import MultiVAE
-from fastvae.checkpoint import write_checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    write_checkpoint(sys.argv[1], MultiVAE([10, 10_000]))
-except OSError as error:
-    print(error)
-"""
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit of the file size")
 def test_a_disk_that_ends_in_the_middle_of_a_write_is_reported_as_such(tmp_path):
     path = saved(tmp_path)
     whole = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True)
+    done = run_child("small_disk.py", path)
     assert done.stdout == f"[Errno 27] File too large: '{path}'\n", done.stderr
     assert path.read_bytes() == whole and os.listdir(tmp_path) == ["model.pt"]

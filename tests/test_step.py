@@ -1,0 +1,106 @@
+"""The training step: its gradients, its precision, and its replay as a CUDA graph."""
+
+import math
+import sys
+
+import pytest
+import torch
+from helpers import random_clicks
+from training import N_ITEMS, assert_equal_weights, model, weights
+
+from fastvae import MultiDAE, MultiVAE, fit
+from fastvae.step import ItemMajorAdam
+
+
+def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
+    train, seen = random_clicks([3, 5] * 5, N_ITEMS), []
+    step = ItemMajorAdam.step
+
+    def record(self):
+        seen.append(self.parameters[-1].grad.clone())
+        step(self)
+
+    monkeypatch.setattr(ItemMajorAdam, "step", record)
+    net = MultiDAE([4, N_ITEMS], dropout_enc=[0.0])
+    loss = net.loss(train)
+    loss.backward()
+    expected = net.decode.output.bias.grad.clone()
+    net.zero_grad()
+    fit(net, train, epochs=1)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
+    terms, seen = MultiVAE.loss_terms, []
+
+    def record(self, *arguments):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", record)
+    torch.set_float32_matmul_precision("high")
+    try:
+        fit(model(), random_clicks([3] * 5, N_ITEMS), epochs=1, precision=precision)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [(precision == "bf16", "highest")]
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch):
+    """fit asks for a graph on a CPU too; the module whose GraphedStep a test replaces."""
+    module = sys.modules["fastvae.train"]
+    init = module._Trainer.__init__
+
+    def wanting(self, *arguments):
+        init(self, *arguments)
+        self.wants_graph = True
+
+    monkeypatch.setattr(module._Trainer, "__init__", wanting)
+    return module
+
+
+def test_a_graph_is_replayed_for_full_batches_only(graphs_on_a_cpu, monkeypatch):
+    train, replayed = random_clicks([5] * 95, N_ITEMS), []
+
+    class Replay:
+        """What the graph does, without a GPU: the step on the row ids and beta it is given."""
+
+        def __init__(self, step, clicks, optimizer):
+            assert len(clicks) == 10
+            self.step = step
+
+        def replay(self, clicks, beta):
+            replayed.append(len(clicks))
+            self.step(clicks, beta)
+
+    eager, graphed = model(), model()
+    monkeypatch.setattr(graphs_on_a_cpu, "GraphedStep", Replay)
+    fit(graphed, train, epochs=2, batch_size=10, total_anneal_steps=10)
+    monkeypatch.undo()
+    fit(eager, train, epochs=2, batch_size=10, total_anneal_steps=10)
+    assert_equal_weights(weights(eager), weights(graphed))
+    # nine full batches and a tenth of 5 an epoch, the first three of the run eager
+    assert replayed == [10] * (9 - 3 + 9)
+
+
+def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs_on_a_cpu, monkeypatch):
+    train = random_clicks([5] * 95, N_ITEMS)
+
+    def fail(step, clicks, optimizer):
+        for p in optimizer.parameters:
+            p.grad = torch.full_like(p, math.nan)  # memory that no kernel has filled
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    failed, eager = model(), model()
+    monkeypatch.setattr(graphs_on_a_cpu, "GraphedStep", fail)
+    with pytest.warns(
+        UserWarning, match=r"eager steps go on \(operation .* capturing\)$"
+    ) as warned:
+        fit(failed, train, epochs=2, batch_size=10)
+    assert len(warned) == 1
+    monkeypatch.undo()
+    fit(eager, train, epochs=2, batch_size=10)
+    assert_equal_weights(weights(eager), weights(failed))

@@ -1,0 +1,48 @@
+"""What the tests of training share: clicks that can be learned, a small model, its weights, and validation by decree."""
+
+import numpy as np
+import torch
+
+from fastvae import Clicks, MultiVAE
+
+N_ITEMS = 40
+
+
+def learnable(n_users=120, seed=0):
+    """Users of one of two tastes, split into train and (fold_in, held_out)."""
+    rng = np.random.default_rng(seed)
+    rows = [np.sort(rng.choice(20, 8, replace=False)) + 20 * (u % 2) for u in range(n_users)]
+
+    def clicks(rows):
+        indptr = np.concatenate(([0], np.cumsum([len(r) for r in rows])))
+        return Clicks(indptr, np.concatenate(rows), n_items=N_ITEMS)
+
+    held = rows[100:]
+    return clicks(rows[:100]), (clicks([r[::2] for r in held]), clicks([r[1::2] for r in held]))
+
+
+def model(seed=0, make=MultiVAE):
+    torch.manual_seed(seed)
+    return make([8, 16, N_ITEMS])
+
+
+def weights(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def forced_metrics(monkeypatch, values):
+    """Let validation return these values, and record the weights at each."""
+    import fastvae.train
+
+    seen, values = [], iter(values)
+
+    def fake(net, *_, **__):
+        seen.append(weights(net))
+        return {"ndcg@100": next(values)}
+
+    monkeypatch.setattr(fastvae.train, "evaluate", fake)
+    return seen
