@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -49,6 +49,18 @@ def is_watched(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
     )
+
+
+def refuse_tangents(args: tuple[Any, ...]) -> None:
+    """RuntimeError where an argument has a tangent, which torch would drop: a derivative of 0 without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise RuntimeError(
+                "fastvae: derivatives of the ops must be taken in reverse mode, got an input with a tangent "
+                "(torch.func.jvp, jacfwd); use backward or torch.autograd.grad"
+            )
 
 
 class Op:
@@ -90,7 +102,10 @@ class Op:
         return result[0] if self.n_differentiable == 1 else result[: self.n_differentiable]
 
     def __call__(self, *args: Any) -> Any:
-        if is_watched(args):
+        refuse_tangents(args)
+        # where a gradient is to be differentiated again, the registered op says that it cannot be
+        again = self.function is None and torch.is_grad_enabled()
+        if again or is_watched(args):
             result = self.registered(*args)
             return result if self.function is None else self.differentiable(result)
         return self.plain(*args) if self.function is None else self.function.apply(*args)
@@ -104,6 +119,6 @@ def _function(op: Op, name: str, setup_context, backward) -> type[torch.autograd
 
     members = {
         "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
+        "backward": staticmethod(backward),
     }
     return type(name, (torch.autograd.Function,), members)

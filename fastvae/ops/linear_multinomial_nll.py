@@ -65,8 +65,8 @@ def linear_multinomial_nll(
     max_bytes     of the [n_users, n_items] buffer; above it the backward computes it anew in chunks of users
     returns       [n_users] or a scalar; fp32 (fp64 for fp64 input), nats
 
-    Differentiable in hidden, weight, bias and user_weights. Under autocast the products run in its dtype with fp32
-    sums, and hidden, weight and bias may each have any dtype. The CPU path computes fp16 in fp32.
+    Differentiable, in reverse mode and once, in hidden, weight, bias and user_weights. Under autocast the products run
+    in its dtype with fp32 sums, and hidden, weight and bias may each have any dtype. The CPU path computes fp16 in fp32.
     Raises: TypeError (clicks, dtypes), ValueError (shapes, reduction), RuntimeError (mixed devices).
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 2; reference: fastvae.reference.linear_multinomial_nll.
     """

@@ -46,7 +46,7 @@ def multinomial_nll(
     user_weights  [n_users]           factor of each user's nll, or None
     returns       [n_users] or a scalar; fp32 (fp64 for fp64 logits), nats
 
-    Differentiable in logits and user_weights: d nll / d logits = N_u softmax(logits) - x.
+    Differentiable, in reverse mode and once, in logits and user_weights: d nll / d logits = N_u softmax(logits) - x.
     Raises: TypeError (clicks, dtype), ValueError (shapes, reduction), RuntimeError (mixed devices).
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 2; reference: fastvae.reference.multinomial_nll.
     """

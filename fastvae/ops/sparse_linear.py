@@ -59,7 +59,8 @@ def sparse_linear(
     tanh_input  apply tanh to the normalised, dropped-out clicks too
     returns     [n_users, n_hidden] in weight's dtype, or in autocast's; sums in fp32
 
-    Differentiable in weight, bias, and clicks.values where that requires grad. Weight's gradient has weight's strides.
+    Differentiable, in reverse mode and once, in weight, bias, and clicks.values where that requires grad. Weight's
+    gradient has weight's strides.
     Raises: TypeError (clicks, dtypes), ValueError (shapes, dropout, missing seed), RuntimeError (mixed devices).
     Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sparse_linear.
     """
