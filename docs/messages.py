@@ -29,6 +29,7 @@ CAUSES = {
     "_matrices.py": "Containers of a click matrix",
     "ops/": "The ops",
     "models.py": "Models",
+    "_model_checks.py": "Arguments of models",
     "train.py": "Training",
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",

@@ -13,15 +13,14 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_per_click
+from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
 
@@ -83,6 +82,8 @@ class Encoder(nn.Module):
 
     def _first(self, x: Tensor | Clicks, tanh: bool) -> Tensor:
         layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
+        if isinstance(x, Clicks) and not _is_only(layer, nn.Linear):
+            x = x.to_dense().to(_dtype(self))
         if isinstance(x, Clicks):
             active = self.training and dropout > 0
             # drawn on the device: a replayed CUDA graph draws a new one, and nothing waits
@@ -126,6 +127,23 @@ class Decoder(nn.Module):
         return self.p_layers.layer(len(self.p_layers) - 1)
 
 
+def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of module is kind's forward and nothing else, so that its weights may be read instead of calling it.
+
+    Not so with another forward (LoRA, quantisation) and with hooks, which may change what comes out (pruning).
+    """
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    is_same = type(module).forward is kind.forward and "forward" not in vars(module)
+    return is_same and not any(hooks)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
+
+
 def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
     if dropout > 0:  # with nothing to drop the call alone takes its time
         h = F.dropout(h, dropout, module.training)
@@ -148,10 +166,10 @@ class _MultiModel(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        self.p_dims, self.q_dims = p_dims, q_dims = _check_dims(name, p_dims, q_dims)
+        self.p_dims, self.q_dims = p_dims, q_dims = check_dims(name, p_dims, q_dims)
         self.n_items = p_dims[-1]
-        enc = _check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
-        dec = _check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
+        enc = check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
+        dec = check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
         self.dropout_enc, self.dropout_dec = enc, dec
         self.tanh_after_dropout = tanh_after_dropout
         out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if self.two_heads else q_dims
@@ -178,14 +196,19 @@ class _MultiModel(nn.Module):
         per_click = check_per_click("loss", per_click, normalize)
         check_catalogue("loss", "clicks", clicks, self.n_items)
         z, kld = self.latent(clicks)
-        hidden, last = self.decode.hidden(z), self.decode.output
-        nll = linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
+        nll = self._nll(z, clicks)
         kld = torch.zeros_like(nll) if kld is None else kld
         if per_click:
             n_clicks = clicks.row_sums()
             share = torch.where(n_clicks > 0, 1 / n_clicks.clamp_min(1e-30), 0)
             nll, kld = nll * share, kld * share
         return nll, kld
+
+    def _nll(self, z: Tensor, clicks: Clicks) -> Tensor:
+        if not (_is_only(self.decode, Decoder) and _is_only(self.decode.output, nn.Linear)):
+            return multinomial_nll(self.decode(z), clicks)
+        hidden, last = self.decode.hidden(z), self.decode.output
+        return linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
 
     def loss(
         self,
@@ -195,6 +218,8 @@ class _MultiModel(nn.Module):
         normalize: str | None = None,
     ) -> Tensor:
         """Mean over users of nll + beta * kld, a scalar in nats per user: the fast path, no logits leave it.
+
+        A first or last layer that is not an nn.Linear alone (LoRA in its place, hooks on it) is called on dense rows.
 
         >>> model = MultiVAE([8, 16, 100])
         >>> x = Clicks([0, 2, 3], [4, 7, 99], n_items=100)
@@ -207,7 +232,7 @@ class _MultiModel(nn.Module):
         Raises: ValueError, TypeError or RuntimeError for arguments that do not fit.
         Source: Liang et al. 2018, eq. 7 with beta; reference: fastvae.reference.
         """
-        _check_beta("loss", "beta", beta)
+        check_beta("loss", "beta", beta)
         per_click = check_per_click("loss", per_click, normalize)
         return _mean_loss(*self.loss_terms(clicks, per_click), beta)
 
@@ -306,13 +331,13 @@ def vae_loss_fn(
     returns a scalar, nats per user; 0 without users
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 7 with beta.
     """
-    _check_beta("vae_loss_fn", "anneal", anneal)
+    check_beta("vae_loss_fn", "anneal", anneal)
     for name, tensor in (("inp", inp), ("out", out), ("mu", mu), ("logvar", logvar)):
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.ndim == 2
         if not dense and not (name == "inp" and isinstance(tensor, Clicks)):
             raise TypeError(
                 f"vae_loss_fn: {name} must be a dense tensor of 2 dimensions"
-                f"{' or Clicks' if name == 'inp' else ''}, got {_described(tensor)}"
+                f"{' or Clicks' if name == 'inp' else ''}, got {described(tensor)}"
             )
     if not (len(mu) == len(out) and logvar.shape == mu.shape):
         raise ValueError(
@@ -339,68 +364,6 @@ def _mean_loss(nll: Tensor, kld: Tensor, beta: float | Tensor) -> Tensor:
     return (nll + beta * kld).mean() if len(nll) else nll.sum()
 
 
-def _check_beta(name: str, label: str, beta: object) -> None:
-    if isinstance(beta, Tensor) and beta.numel() != 1:
-        raise ValueError(f"{name}: {label} must be a scalar, got shape {list(beta.shape)}")
-    if not isinstance(beta, Real | Tensor):
-        raise TypeError(
-            f"{name}: {label} must be a float or a scalar tensor, got {type(beta).__name__}"
-        )
-
-
-def _described(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return type(x).__name__
-    return f"a {str(x.layout).removeprefix('torch.')} one of shape {list(x.shape)}"
-
-
-def _check_dims(name: str, p_dims, q_dims) -> tuple[list[int], list[int]]:
-    widths = {}
-    for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
-        if dims is None and label == "q_dims":
-            continue
-        try:
-            widths[label] = [operator.index(width) for width in dims]
-        except TypeError:
-            raise TypeError(
-                f"{name}: {label} must be a list of whole widths, got {dims!r}"
-            ) from None
-    p_dims = widths["p_dims"]
-    q_dims = widths.get("q_dims", p_dims[::-1])
-    for dims, label in ((p_dims, "p_dims"), (q_dims, "q_dims")):
-        if len(dims) < 2 or min(dims) < 1:
-            raise ValueError(f"{name}: {label} must be at least two widths above 0, got {dims}")
-    if q_dims[0] != p_dims[-1]:
-        raise ValueError(
-            f"{name}: q_dims must start with the {p_dims[-1]} items of p_dims, got {q_dims}"
-        )
-    if q_dims[-1] != p_dims[0]:
-        raise ValueError(
-            f"{name}: q_dims must end with the {p_dims[0]} latents of p_dims, got {q_dims}"
-        )
-    return p_dims, q_dims
-
-
-def _check_dropout(name: str, label: str, dropout, n_layers: int, first: float) -> list[float]:
-    if dropout is None:
-        return [first] + [0.0] * (n_layers - 1)
-    if not isinstance(dropout, Iterable):
-        raise TypeError(
-            f"{name}: {label} must be a list of probabilities, one for each layer, got {dropout!r}"
-        )
-    if not all(isinstance(p, Real) for p in dropout):
-        raise TypeError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
-    dropout = [float(p) for p in dropout]
-    if len(dropout) != n_layers:
-        raise ValueError(
-            f"{name}: {label} must hold one probability for each of {n_layers} layers, got {dropout}; "
-            "q_dims is the fourth argument"
-        )
-    if not all(0 <= p <= 1 for p in dropout):
-        raise ValueError(f"{name}: {label} must hold probabilities from 0 to 1, got {dropout}")
-    return dropout
-
-
 def _wants_loss(model: _MultiModel, beta: float | Tensor | None, per_click: bool) -> bool:
     if beta is None and per_click:
         name = type(model).__name__
@@ -424,4 +387,4 @@ def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
     if isinstance(x, Tensor) and x.is_complex():
         raise TypeError(f"{name}: x must be real, got {dtype_name(x.dtype)}")
     # integers, truth values, and float64, which numpy makes of everything
-    return x.to(model.decode.output.weight.dtype) if isinstance(x, Tensor) else x
+    return x.to(_dtype(model)) if isinstance(x, Tensor) else x

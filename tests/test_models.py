@@ -2,11 +2,14 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from helpers import assert_as_accurate_as_torch, random_clicks
+from torch import nn
 
 from fastvae import Clicks, MultiDAE, MultiVAE, reference, vae_loss_fn
 
@@ -102,6 +105,145 @@ def test_loss_and_every_gradient_equal_the_reference(make, p_dims):
     assert_as_accurate_as_torch(*losses)
     for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class LowRank(nn.Module):
+    """LoRA in place of a linear layer; .weight is the base's, as in the libraries."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.down = nn.Parameter(torch.randn(2, base.in_features))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.t() @ self.up.t()
+
+
+def put(model, place, make):
+    """make(layer) in the place of the first or the last layer."""
+    stack = model.encode.q_layers if place == "first" else model.decode.p_layers
+    name = f"linear_{0 if place == 'first' else len(stack) - 1}"
+    stack.add_module(name, make(stack.get_submodule(name)))
+
+
+def with_hook(register):
+    def make(layer):
+        register(layer)
+        return layer
+
+    return make
+
+
+def patched(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+    return layer
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer):
+    other = Doubling(layer.in_features, layer.out_features)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.utils.weight_norm(layer)
+    # the hook makes .weight anew from weight_g at each call
+    layer.weight_g.data *= 2
+    return layer
+
+
+def pruned(layer):
+    mask = torch.arange(layer.weight.numel()).reshape(layer.weight.shape) % 2
+    layer = nn.utils.prune.custom_from_mask(layer, "weight", mask)
+    layer.weight_orig.data *= 2
+    return layer
+
+
+OTHER_LAYERS = {
+    "LoRA": LowRank,
+    "Sequential": lambda layer: nn.Sequential(layer, nn.Tanh()),
+    "forward hook": with_hook(lambda layer: layer.register_forward_hook(lambda *args: 2 * args[2])),
+    "pre-hook": with_hook(
+        lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    ),
+    "backward hook": with_hook(
+        lambda layer: layer.register_full_backward_hook(
+            lambda _, dx, dy: tuple(g if g is None else 2 * g for g in dx)
+        )
+    ),
+    "forward of the object": patched,
+    "subclass": doubled,
+    "old weight_norm": old_weight_norm,
+    "pruned": pruned,
+}
+
+
+def assert_loss_is_dense(model):
+    """Loss and gradients from clicks equal those that autograd gives for the dense forward and loss."""
+    clicks = random_clicks([3, 0, 6, 1], 6, counts=True)
+    results = []
+    for way in ("clicks", "dense"):
+        model.zero_grad()
+        torch.manual_seed(1)
+        if way == "clicks":
+            loss = model.loss(clicks, 0.3)
+        else:
+            loss = vae_loss_fn(clicks.to_dense(), *model(clicks.to_dense()), 0.3)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("other", OTHER_LAYERS)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_a_layer_that_is_more_than_its_weight_is_called(other, place):
+    torch.manual_seed(0)
+    model = MultiVAE([3, 4, 6], dropout_enc=[0.0, 0.0])
+    put(model, place, OTHER_LAYERS[other])
+    assert_loss_is_dense(model)
+
+
+@pytest.mark.parametrize("other", ["hook", "replaced", "forward of the object"])
+def test_a_decoder_that_is_more_than_its_layers_is_called(other):
+    torch.manual_seed(0)
+    model = MultiVAE([3, 4, 6], dropout_enc=[0.0, 0.0])
+    if other == "hook":
+        model.decode.register_forward_hook(lambda *args: 2 * args[2])
+    elif other == "replaced":
+        model.decode = nn.Linear(3, 6)
+    else:
+        patched(model.decode)
+    assert_loss_is_dense(model)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("kind", ["plain", "parametrized", "subclass without a forward"])
+def test_a_layer_that_is_its_weight_is_never_called_on_dense_rows(monkeypatch, kind, place):
+    class Named(nn.Linear):
+        pass
+
+    model = MultiVAE([3, 4, 6])
+    if kind == "parametrized":
+        put(model, place, nn.utils.parametrizations.weight_norm)
+    elif kind == "subclass without a forward":
+        put(model, place, lambda layer: Named(layer.in_features, layer.out_features))
+    for name in ("fastvae.models.multinomial_nll", "fastvae.clicks.Clicks.to_dense"):
+        monkeypatch.setattr(name, None)
+    model.loss(random_clicks([3, 0, 6], 6)).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("make", MODELS)
