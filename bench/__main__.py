@@ -12,6 +12,7 @@ COMMANDS = {
     "memory": "peak memory of training steps by number of items",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",
+    "launches": "the launches of one captured training step, by name; needs no GPU",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",
 }
 

@@ -23,6 +23,7 @@ from ._checks import check_catalogue, check_per_click
 from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
+from .ops._linear import linear
 
 
 class ItemMajorLinear(nn.Linear):
@@ -76,8 +77,7 @@ class Encoder(nn.Module):
         h = self._first(x, tanh=n_layers > 1 or self.tanh_last)
         for n in range(1, n_layers):
             h = _dropout(self, h, self.q_layers.dropout[n])
-            h = self.q_layers.layer(n)(h)
-            h = torch.tanh(h) if n < n_layers - 1 or self.tanh_last else h
+            h = linear(self.q_layers.layer(n), h, tanh=n < n_layers - 1 or self.tanh_last)
         return h
 
     def _first(self, x: Tensor | Clicks, tanh: bool) -> Tensor:
@@ -114,7 +114,9 @@ class Decoder(nn.Module):
         """Input of the last layer [n_users, n_hidden]."""
         last = len(self.p_layers) - 1
         for n in range(last):
-            z = torch.tanh(self.p_layers.layer(n)(_dropout(self, z, self.p_layers.dropout[n])))
+            z = linear(
+                self.p_layers.layer(n), _dropout(self, z, self.p_layers.dropout[n]), tanh=True
+            )
         return _dropout(self, z, self.p_layers.dropout[last])
 
     def forward(self, z: Tensor) -> Tensor:

@@ -13,6 +13,20 @@ from .clicks import Clicks
 GRAPH_WARM_UP = 3  # eager steps before a CUDA graph is captured
 
 
+def backward_of_mean(nll: Tensor, kld: Tensor, beta: float | Tensor) -> None:
+    """mean(nll + beta * kld).backward(): the two gradients are numbers, so the mean needs neither a graph nor launches.
+
+    nll   [n_users]
+    kld   [n_users], of a graph or plain zeros
+    beta  a float or a scalar tensor
+    """
+    share = nll.new_full((), 1 / len(nll))
+    gradients = {nll: share, kld: beta * share} if kld.requires_grad else {nll: share}
+    torch.autograd.backward(
+        list(gradients), [gradient.expand_as(t) for t, gradient in gradients.items()]
+    )
+
+
 class GraphedStep:
     """step(clicks, beta) as one CUDA graph; only the row ids and beta change between replays.
 

@@ -39,7 +39,15 @@ from .evaluate import evaluate
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
-from .step import GRAPH_WARM_UP, GraphedStep, ItemMajorAdam, get_rng, matmul_precision, set_rng
+from .step import (
+    GRAPH_WARM_UP,
+    GraphedStep,
+    ItemMajorAdam,
+    backward_of_mean,
+    get_rng,
+    matmul_precision,
+    set_rng,
+)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
@@ -268,12 +276,14 @@ class _Trainer:
             clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False
         ):
             nll, kld = self.model.loss_terms(clicks, s.per_click)
-        loss = (nll + beta * kld).mean()
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
-            raise self._not_finite(loss.item())  # before the weights are touched
-        loss.backward()
+        terms = torch.stack((nll.detach(), kld.detach())).sum(1, dtype=torch.float64)
+        if not nll.is_cuda:
+            loss = (terms[0] + beta * terms[1]).item() / len(clicks)
+            if not math.isfinite(loss):
+                raise self._not_finite(loss)  # before the weights are touched
+        backward_of_mean(nll, kld, beta)
         self.optimizer.step()
-        self.sums += torch.stack((nll.detach().double().sum(), kld.detach().double().sum()))
+        self.sums += terms
 
     def _capture(self) -> None:
         """Capture the step once; the eager steps before it have warmed everything up."""

@@ -9,7 +9,7 @@ from helpers import random_clicks
 from training import N_ITEMS, assert_equal_weights, model, weights
 
 from fastvae import MultiDAE, MultiVAE, fit
-from fastvae.step import ItemMajorAdam
+from fastvae.step import ItemMajorAdam, backward_of_mean
 
 
 def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
@@ -28,6 +28,21 @@ def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
     net.zero_grad()
     fit(net, train, epochs=1)
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
+@pytest.mark.parametrize("beta", [0.3, torch.tensor(0.3)], ids=["float", "tensor"])
+def test_backward_of_the_mean_without_the_mean(make, beta):
+    net, train, gradients = make([4, N_ITEMS]), random_clicks([3, 5, 0] * 5, N_ITEMS), []
+    for backward in (
+        lambda nll, kld: (nll + beta * kld).mean().backward(),
+        lambda nll, kld: backward_of_mean(nll, kld, beta),
+    ):
+        net.zero_grad()
+        torch.manual_seed(0)
+        backward(*net.loss_terms(train))
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

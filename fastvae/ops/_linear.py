@@ -1,0 +1,69 @@
+"""A middle layer of the models on a GPU under autocast, in one dtype.
+
+torch's own nn.Linear casts weight and bias anew at each call and its gradients back to fp32, each cast a launch: here the
+products give fp32 gradients by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as nn_module
+
+from ._checks import autocast_dtype
+from ._dispatch import is_watched, uses_kernels
+
+HALF = (torch.bfloat16, torch.float16)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def linear(layer: nn.Linear, h: Tensor, tanh: bool) -> Tensor:
+    """layer(h), and tanh of it: [n_users, n_in] to [n_users, n_out] in layer's dtype, or in autocast's."""
+    dtype = autocast_dtype(h.device)
+    if dtype in HALF and uses_kernels(h) and not is_watched((h, layer.weight)) and _is_plain(layer):
+        return _Linear.apply(h, layer.weight, layer.bias, dtype, tanh)
+    y = layer(h)
+    return torch.tanh(y) if tanh else y
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a call of the layer would be F.linear of fp32 parameters and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and layer.weight.dtype == torch.float32
+        and not any(getattr(layer, hooks) for hooks in HOOKS)
+        and not any(getattr(nn_module, f"_global{hooks}") for hooks in HOOKS)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, dtype, tanh: bool):
+        ctx.dtype = h.dtype
+        h, weight = h.to(dtype), weight.to(dtype)
+        if bias is None:
+            y = torch.mm(h, weight.t())
+        else:
+            y = torch.addmm(bias.to(dtype), h, weight.t())
+        y = y.tanh_() if tanh else y
+        ctx.save_for_backward(h, weight, y if tanh else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        h, weight, y = ctx.saved_tensors
+        need_h, need_weight, need_bias, *_ = ctx.needs_input_grad
+        dpre = dy if y is None else torch.ops.aten.tanh_backward(dy, y)
+        dh = dweight = dbias = None
+        if need_h:
+            dh = torch.mm(dpre, weight).to(ctx.dtype)
+        if need_weight:
+            dweight = torch.mm(dpre.t(), h, out_dtype=torch.float32)
+        if need_bias:
+            dbias = dpre.sum(0, dtype=torch.float32)
+        return dh, dweight, dbias, None, None
