@@ -87,14 +87,14 @@ def ml100k() -> dict:
         result = fit(
             model,
             data.train,
-            (data.vad_tr, data.vad_te),
+            data.validation,
             epochs=100,
             batch_size=100,
             total_anneal_steps=0,
             patience=20,
             seed=seed,
         )
-        test = evaluate(model, data.test_tr, data.test_te).to_dict()
+        test = evaluate(model, *data.test).to_dict()
         runs.append({"seed": seed, "best_epoch": result.best_epoch, **test})
         print(runs[-1])
     return {"runs": runs, "mean_ndcg@100": float(np.mean([run["ndcg@100"] for run in runs]))}
@@ -113,7 +113,7 @@ def ml10m(epochs: int = 6, batch_size: int = 500, seed: int = 0) -> dict:
             started = time.perf_counter()
             fit(model, data.train, epochs=epochs, batch_size=batch_size, seed=seed, precision=name)
             seconds = (time.perf_counter() - started) / epochs
-        test = evaluate(model, data.test_tr, data.test_te).to_dict()
+        test = evaluate(model, *data.test).to_dict()
         runs[name] = {**test, "seconds_per_epoch": round(seconds, 1)}
         print(name, runs[name])
     return {"epochs": epochs, "batch_size": batch_size, "n_train": data.train.n_users, "runs": runs}
@@ -124,7 +124,7 @@ def gowalla() -> dict:
     data = Dataset.from_matrix(load("gowalla"), 3000, 0)
     model = new_model(data.n_items, 0)
     started = time.perf_counter()
-    result = fit(model, data.train, (data.vad_tr, data.vad_te), epochs=1)
+    result = fit(model, data.train, data.validation, epochs=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = round(time.perf_counter() - started, 1)
     return {

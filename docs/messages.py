@@ -17,11 +17,10 @@ KINDS = (
 )  # fmt: skip
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {
-    "_files.py": "dataset: {file} must be a file of a dataset folder, got ...",
     "checkpoint.py": "checkpoint: {path} must be ..., got ... ({reason})",
-    "data.py": "dataset: {file} must be a file of a dataset folder, got ...",
+    "dataset_folder.py": "dataset: {file} must be a file of a dataset folder, got ...",
     "train.py": "fit: {path} must hold the state of this run, got another file ({reason})",
-    "events.py": "events: file must be a well-formed table, got {file}: ...",
+    "event_table.py": "events: file must be a well-formed table, got {file}: ...",
 }
 CAUSES = {
     "clicks.py": "Click matrices",
@@ -38,10 +37,12 @@ CAUSES = {
     "recommend.py": "Recommendation",
     "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",
-    "events.py": "Click logs",
-    "data.py": "Splits and dataset folders",
+    "events.py": "Events of a click log",
+    "event_table.py": "Files of click logs",
+    "movielens.py": "MovieLens-100K",
+    "data.py": "Splits",
+    "dataset_folder.py": "Dataset folders",
     "_checks.py": "Arguments of every function",
-    "_files.py": "Files of a dataset folder",
     "synthetic.py": "Made-up clicks",
     "cli.py": "The command",
 }

@@ -109,3 +109,9 @@ def check_catalogue(where: str, name: str, clicks: Any, n_items: int) -> None:
         raise ValueError(
             f"{where}: {name} must have the model's {n_items} items, got {clicks.n_items}"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: each cut to 40 characters, the first 20 of them."""
+    more = ", ..." if len(names) > 20 else ""
+    return ", ".join(repr(name[:40]) for name in names[:20]) + more

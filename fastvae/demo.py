@@ -7,57 +7,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from .cli import show_dataset, show_results
+from . import console
 from .data import Dataset, split_dataset
 from .evaluate import Popularity, evaluate
-from .events import Events, movielens_100k, read_events, read_titles
+from .events import Events, read_events
 from .models import MultiVAE
+from .movielens import movielens_100k, read_titles
 from .recommend import recommend
 from .synthetic import synthetic_clicks
 from .train import fit
 
-TRAIN_SECONDS = 40  # aimed at for larger logs, at 1e11 multiply-adds a second on two cores
+# aimed at for larger logs, at 1e11 multiply-adds a second on two cores
+TRAIN_SECONDS = 40
 MAX_EPOCHS, PATIENCE = 80, 15
 
 
-def run_demo(events: Path | None, folder: Path, out: Console) -> None:
+def run_demo(events: Path | None, folder: Path) -> None:
     """Everything that fastvae does, in one go; the dataset and the run go to folder."""
     started = time.perf_counter()
-    log, titles, name = _log(events, out)
+    log, titles, name = _log(events)
     n_heldout = max(1, min(150, log.x.n_users // 6))
     dataset = split_dataset(log, n_heldout, seed=1)
     dataset.save(folder / "dataset")
-    out.rule(f"prepared {name}")
-    show_dataset(dataset)
-    out.rule("train a Mult-VAE")
+    console.heading(f"prepared {name}")
+    console.show_dataset(dataset)
+    console.heading("train a Mult-VAE")
     model, run = _train(dataset, folder)
-    out.rule(f"{n_heldout} test users, whose other clicks the model has not seen")
-    show_results(
+    console.heading(f"{n_heldout} test users, whose other clicks the model has not seen")
+    console.show_results(
         {
-            "Mult-VAE": evaluate(model, dataset.test_tr, dataset.test_te),
-            "popularity": evaluate(Popularity(dataset.train), dataset.test_tr, dataset.test_te),
+            "Mult-VAE": evaluate(model, *dataset.test),
+            "popularity": evaluate(Popularity(dataset.train), *dataset.test),
         }
     )
-    out.rule("recommend")
-    _show_recommendations(model, dataset, titles, out)
+    console.heading("recommend")
+    _show_recommendations(model, dataset, titles)
     took = time.perf_counter() - started
-    out.print(
-        f"run folder {run}\nlearning curve {run / 'curve.png'}\ndone in {took:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.say(f"run folder {run}\nlearning curve {run / 'curve.png'}\ndone in {took:.0f} s")
 
 
-def _log(events: Path | None, out: Console) -> tuple[Events, dict[str, str], str]:
+def _log(events: Path | None) -> tuple[Events, dict[str, str], str]:
     """The click log, titles by item id, and a name."""
     if events is not None:
         return read_events(events), {}, events.name
     try:
         interactions, films = movielens_100k()
     except RuntimeError as error:
-        out.print(f"{error}\nusing synthetic data instead", highlight=False, soft_wrap=True)
+        console.say(f"{error}\nusing synthetic data instead")
         x = synthetic_clicks(1000, 1500, 55_000, kind="latent")
         users, items = (
             np.array([f"{kind} {n}" for n in range(size)], dtype=object)
@@ -78,7 +75,7 @@ def _train(dataset: Dataset, folder: Path) -> tuple[MultiVAE, Path]:
     fit(
         model,
         dataset.train,
-        (dataset.vad_tr, dataset.vad_te),
+        dataset.validation,
         epochs=int(np.clip(TRAIN_SECONDS / seconds_per_epoch, 1, MAX_EPOCHS)),
         batch_size=100 if n_users < 10_000 else 500,
         total_anneal_steps=0,
@@ -98,18 +95,16 @@ def _unused(folder: Path) -> Path:
     return folder / f"run-{n}"
 
 
-def _show_recommendations(model, dataset: Dataset, titles: dict[str, str], out: Console) -> None:
+def _show_recommendations(model, dataset: Dataset, titles: dict[str, str]) -> None:
     """Two test users: some of what they clicked, and the model's top five."""
-    users = torch.argsort((dataset.test_tr.row_lengths() - 20).abs(), stable=True)[:2]
-    histories = dataset.test_tr.rows(users).compact()
+    fold_in, _ = dataset.test
+    users = torch.argsort((fold_in.row_lengths() - 20).abs(), stable=True)[:2]
+    histories = fold_in.rows(users).compact()
     found = recommend(model, histories, k=5, items=list(dataset.items))
     verb = "watched" if titles else "clicked"
     for n, recommended in enumerate(found.external()):
         row = histories.indices[histories.indptr[n] : histories.indptr[n + 1]].tolist()
         shown = [dataset.items[i] for i in row[:5]]
         watched, wanted = ("; ".join(titles.get(i, i) for i in ids) for ids in (shown, recommended))
-        out.print(
-            f"user {dataset.users_test[int(users[n])]} {verb} {watched} ... -> recommended {wanted}\n",
-            highlight=False,
-            markup=False,
-        )
+        user = dataset.users_test[int(users[n])]
+        console.say(f"user {user} {verb} {watched} ... -> recommended {wanted}\n")

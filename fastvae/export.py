@@ -1,4 +1,8 @@
-"""Write recommendations with external ids: CSV, JSON lines or Parquet, block by block."""
+"""Recommendations to a file with external ids: CSV, JSON lines or Parquet, block by block.
+
+recommend_to_file(path, model, histories)  from a read log: what `fastvae recommend` does
+write_recommendations(path, user_ids, recommendations)  what recommend or recommend_blocks gave
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,101 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from ._checks import check_integer
 from ._files import replacing
-from .recommend import Recommendations
+from .data import map_items
+from .events import Events
+from .recommend import Recommendations, recommend_blocks
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
+@dataclass(frozen=True)
+class Written:
+    """What recommend_to_file wrote, and of what it made no use.
+
+    n_users    users in the file
+    k          items asked for by user: never more than the model has
+    n_clicks   clicks of the histories
+    n_unknown  those on items that the model does not know; they are ignored
+    n_new      users who have no other clicks; they get what the model gives an empty history
+    n_empty    users without a recommendation: their history holds every item of the model
+    """
+
+    n_users: int
+    k: int
+    n_clicks: int
+    n_unknown: int
+    n_new: int
+    n_empty: int
+
+
+def recommend_to_file(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    histories: Events,
+    k: int = 10,
+    *,
+    items: Sequence[str] | None = None,
+    keep_seen: bool = False,
+    format: str | None = None,
+) -> Written:
+    r"""Write the k best items of each user of a click log, with the log's user ids and the model's item ids.
+
+    >>> import tempfile
+    >>> from fastvae import Clicks
+    >>> from fastvae.evaluate import Popularity
+    >>> model = Popularity(Clicks.from_pairs([0, 0, 1], [0, 1, 1]))
+    >>> log = Events(Clicks([0, 2], [0, 1], n_items=2), np.array(["Ann"]), np.array(["b", "z"]), {})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "top.jsonl")
+    ...     recommend_to_file(path, model, log, items=["a", "b"]).n_unknown, path.read_text()
+    (1, '{"user": "Ann", "items": ["a"], "scores": [1.0]}\n')
+
+    model      as recommend takes it, with items, its external ids: load_model gives both
+    histories  what read_events gives, or Dataset.histories; columns are matched with the model's items by id
+    items      None means that the model has the items of histories, in their order
+    k, keep_seen  as in recommend; path, format as in write_recommendations
+
+    Memory does not grow with the number of users. Raises: as recommend and write_recommendations.
+    """
+    vocabulary = list(histories.items if items is None else items)
+    known, n_unknown = map_items(histories.x, histories.items, vocabulary)
+    k = min(check_integer("recommend", "k", k, 1, None), max(len(vocabulary), 1))
+    blocks = recommend_blocks(model, known, k, items=vocabulary, keep_seen=keep_seen)
+    n_empty: list[int] = []
+    n_users = write_recommendations(
+        path, histories.users, _counting_empty(blocks, n_empty), format=format
+    )
+    return Written(
+        n_users,
+        k,
+        n_clicks=histories.x.nnz,
+        n_unknown=n_unknown,
+        n_new=int((known.row_lengths() == 0).sum()),
+        n_empty=sum(n_empty),
+    )
+
+
+def _counting_empty(
+    blocks: Iterator[Recommendations], n_empty: list[int]
+) -> Iterator[Recommendations]:
+    """The blocks, with the number of users who got nothing added to n_empty for each."""
+    for block in blocks:
+        n_empty.append(int((block.items[:, 0] < 0).sum()))
+        yield block
+
+
 def write_recommendations(
     path: str | os.PathLike[str],
-    user_ids: Sequence[Any],
+    user_ids: Sequence[Any] | np.ndarray,
     recommendations: Recommendations | Iterable[Recommendations],
     items: Sequence[str] | None = None,
     format: str | None = None,
@@ -67,7 +152,8 @@ def write_recommendations(
         )
     blocks = recommendations
     if isinstance(blocks, Recommendations):
-        blocks = blocks._split(4096)  # text takes ten times the memory of the tensors
+        # text takes ten times the memory of the tensors
+        blocks = blocks._split(4096)
     users = np.array([*map(str, user_ids), ""], dtype=object)[:-1]
     with replacing(path) as temporary:
         writers[format](temporary, _named(blocks, users, items))
@@ -75,12 +161,18 @@ def write_recommendations(
 
 
 class _Named(NamedTuple):
-    """A block in external ids."""
+    """A block in external ids.
 
-    users: np.ndarray  # [n_users] str objects
-    items: np.ndarray  # [n_users, k] str objects; "" beyond n_left
-    scores: np.ndarray  # [n_users, k] fp32
-    n_left: np.ndarray  # [n_users] number of recommended items
+    users   [n_users]     str objects
+    items   [n_users, k]  str objects; "" beyond n_left
+    scores  [n_users, k]  fp32
+    n_left  [n_users]     number of recommended items
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+    n_left: np.ndarray
 
     def columns(self) -> dict[str, np.ndarray]:
         """One row per recommended item."""
@@ -118,7 +210,8 @@ def _write_csv(path: Path, blocks: Iterable[_Named]) -> None:
         writer.writerow(["user", "rank", "item", "score"])
         for block in blocks:
             columns = block.columns()
-            columns["score"] = columns["score"].astype(str)  # shortest text that is the same fp32
+            # the shortest text that is the same fp32
+            columns["score"] = columns["score"].astype(str)
             writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae import Dataset, MultiDAE, MultiVAE, evaluate, load_model
+from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, load_model
 from fastvae.checkpoint import read_checkpoint
 from fastvae.evaluate import Popularity
 
@@ -24,12 +24,12 @@ def run(monkeypatch, capsys):
     """Call main() as the shell would; returns exit code, stdout, stderr."""
     from rich.console import Console
 
-    from fastvae import cli
+    from fastvae import cli, console
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fastvae", *map(str, arguments)])
-        monkeypatch.setattr(cli, "out", Console(width=100))
-        monkeypatch.setattr(cli, "err", Console(stderr=True, width=100))
+        monkeypatch.setattr(console, "out", Console(width=100))
+        monkeypatch.setattr(console, "err", Console(stderr=True, width=100))
         code = 0
         try:
             cli.main()
@@ -81,7 +81,7 @@ def test_from_a_log_to_recommendations(tmp_path, run, prepared):
     dataset = Dataset.load(data)
     model, items = load_model(folder / "best.pt")
     assert items == list(dataset.items)
-    expected = evaluate(model, dataset.test_tr, dataset.test_te, metrics=["ndcg@10"])
+    expected = evaluate(model, *dataset.test, metrics=["ndcg@10"])
     assert results["MultiVAE"] == expected.to_dict()
     assert set(results) == {"MultiVAE", "popularity"}
     code, out, _ = run("evaluate", folder, data)
@@ -116,7 +116,7 @@ def test_recommendations_for_a_datasets_test_users_reach_the_metrics_of_evaluate
         recalls.append(len(held_out & set(line["items"])) / min(20, len(held_out)))
     model, _ = load_model(tmp_path / "run" / "best.pt")
     assert isinstance(model, MultiDAE)
-    recall = evaluate(model, dataset.test_tr, dataset.test_te, metrics=["recall@20"])["recall@20"]
+    recall = evaluate(model, *dataset.test, metrics=["recall@20"])["recall@20"]
     assert np.mean(recalls) == pytest.approx(recall)
 
 
@@ -176,16 +176,21 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
     train(run, data, tmp_path / "run")
     dataset = Dataset.load(data)
     order = np.random.default_rng(0).permutation(dataset.n_items)
-    for part in ("train", "vad_tr", "vad_te", "test_tr", "test_te"):
-        matrix = getattr(dataset, part).to_scipy()[:, order]
-        setattr(dataset, part, type(dataset.train).from_matrix(matrix))
+
+    def shuffled(x):
+        return Clicks.from_matrix(x.to_scipy()[:, order])
+
+    dataset.train = shuffled(dataset.train)
+    dataset.validation, dataset.test = (
+        tuple(map(shuffled, pair)) for pair in (dataset.validation, dataset.test)
+    )
     dataset.items = dataset.items[order]
     dataset.save(tmp_path / "shuffled")
-    plain, shuffled = (
+    plain, other = (
         json.loads(run("evaluate", tmp_path / "run", folder, "--json")[1])
         for folder in (data, tmp_path / "shuffled")
     )
-    assert plain["MultiVAE"] == shuffled["MultiVAE"]
+    assert plain["MultiVAE"] == other["MultiVAE"]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +351,7 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     assert isinstance(net, MultiDAE) and net.p_dims == [5, 20, 30, data.n_items]
     assert net.dropout_enc == [0.25, 0.0, 0.0] and net.q_dims == net.p_dims[::-1]
     given = [clicks.fingerprint() for clicks in (train, *validation)]
-    assert given == [clicks.fingerprint() for clicks in (data.train, data.vad_tr, data.vad_te)]
+    assert given == [clicks.fingerprint() for clicks in (data.train, *data.validation)]
 
 
 def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch):
@@ -365,13 +370,14 @@ def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch
     monkeypatch.setattr(cli, "split_dataset", record(cli.split_dataset))
     rows = "".join(f"u{u};i{i};5\n" for u in range(9) for i in range(6))
     (tmp_path / "log.csv").write_text("a;b;c\n" + rows)
-    columns = ("--user", "a", "--item", "b", "--rating", "c", "--min-rating", 4)
+    columns = {"user": "a", "item": "b", "rating": "c", "min_rating": 4.0}
+    options = ("--user", "a", "--item", "b", "--rating", "c", "--min-rating", 4)
     text = ("--separator", ";", "--header")
     split = ("--min-user-clicks", 2, "--min-item-clicks", 3, "--heldout", 2, "--seed", 6)
-    arguments = (tmp_path / "log.csv", tmp_path / "data", *columns, *text, *split, "--counts")
+    arguments = (tmp_path / "log.csv", tmp_path / "data", *options, *text, *split, "--counts")
     assert run("prepare", *arguments)[0] == 0
     assert calls == [
-        (("a", "b", "c", 4.0), {"separator": ";", "header": True, "counts": True}),
+        ((), columns | {"separator": ";", "header": True, "counts": True}),
         ((2, 6), {"min_user_clicks": 2, "min_item_clicks": 3}),
     ]
 
@@ -379,7 +385,7 @@ def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch
 def test_evaluate_prints_the_baseline_and_the_errors_that_evaluate_gives(tmp_path, run, prepared):
     train(run, prepared[1], tmp_path / "run")
     data = Dataset.load(prepared[1])
-    expected = evaluate(Popularity(data.train), data.test_tr, data.test_te).to_dict()
+    expected = evaluate(Popularity(data.train), *data.test).to_dict()
     _, out, _ = run("evaluate", tmp_path / "run", prepared[1], "--json")
     assert json.loads(out)["popularity"] == expected
     _, out, _ = run("evaluate", tmp_path / "run", prepared[1])
@@ -396,20 +402,6 @@ def test_a_dataset_with_as_many_but_other_items_is_refused(tmp_path, run, prepar
     assert run("prepare", tmp_path / "other.csv", tmp_path / "other", *arguments)[0] == 0
     code, _, err = run("evaluate", tmp_path / "run", tmp_path / "other")
     assert code == 2 and "checkpoint has other items than the data, which has 'film, seven'" in err
-
-
-def test_the_histories_of_a_datasets_users_are_their_fold_in_clicks(prepared):
-    from fastvae.cli import _dataset_histories
-
-    data = Dataset.load(prepared[1])
-    for users, x, ids in (
-        ("train", data.train, data.users_train),
-        ("vad", data.vad_tr, data.users_vad),
-        ("test", data.test_tr, data.users_test),
-    ):
-        histories, names, items = _dataset_histories(prepared[1], users)
-        assert histories.fingerprint() == x.fingerprint()
-        assert list(names) == list(ids) and list(items) == list(data.items)
 
 
 def test_the_checkpoint_of_a_run_warns_of_another_split_as_its_folder_does(tmp_path, run, prepared):

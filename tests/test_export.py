@@ -11,7 +11,9 @@ import torch
 from helpers import Fixed
 
 from fastvae.clicks import Clicks
-from fastvae.export import write_recommendations
+from fastvae.evaluate import Popularity
+from fastvae.events import Events
+from fastvae.export import Written, recommend_to_file, write_recommendations
 from fastvae.recommend import Recommendations, recommend, recommend_blocks
 
 INF = float("inf")
@@ -205,3 +207,47 @@ def test_parquet_without_polars(found, tmp_path, monkeypatch):
         "write_recommendations: Parquet needs polars; run pip install 'fastvae-cf[cli]'"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_is_matched_with_the_model_by_id_and_what_it_lacks_is_counted(tmp_path):
+    model = Popularity(Clicks.from_pairs([0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2], n_items=3))
+    items = ["a", "b", "c"]
+    # the log has its own order of items, and two that the model does not know
+    rows = {"all": ["a", "b", "c"], "some": ["c", "x"], "new": ["x", "y"]}
+    names = ["c", "x", "b", "a", "y"]
+    pairs = [(u, names.index(item)) for u, row in enumerate(rows.values()) for item in row]
+    log = Events(
+        Clicks.from_pairs(*np.array(pairs).T, len(rows), len(names)),
+        np.array(list(rows), object),
+        np.array(names, object),
+        {},
+    )
+    path = tmp_path / "top.jsonl"
+    done = recommend_to_file(path, model, log, k=2, items=items)
+    assert done == Written(n_users=3, k=2, n_clicks=7, n_unknown=3, n_new=1, n_empty=1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["user"]: line["items"] for line in lines} == {
+        "all": [],
+        "some": ["b", "a"],
+        "new": ["c", "b"],
+    }
+    kept = recommend_to_file(path, model, log, k=99, items=items, keep_seen=True)
+    assert kept.k == 3 and kept.n_empty == 0
+    assert json.loads(path.read_text().splitlines()[0])["items"] == ["c", "b", "a"]
+
+
+def test_without_items_the_log_must_have_those_of_the_model(tmp_path):
+    model = Popularity(Clicks.from_pairs([0, 0, 1], [0, 1, 1]))
+    log = Events(Clicks([0, 1], [1], n_items=2), np.array(["u"]), np.array(["a", "b"]), {})
+    path = tmp_path / "top.csv"
+    assert recommend_to_file(path, model, log).n_users == 1
+    assert path.read_text().splitlines()[1] == "u,1,a,1.0"
+    path.unlink()
+    other = Events(Clicks([0, 1], [1], n_items=3), np.array(["u"]), np.array(["a", "b", "c"]), {})
+    with pytest.raises(
+        ValueError, match=r"^recommend: items must have 2 ids like the model, got 3"
+    ):
+        recommend_to_file(path, model, other)
+    with pytest.raises(ValueError, match=r"^recommend: k must be at least 1, got 0"):
+        recommend_to_file(path, model, log, k=0)
+    assert not path.exists()

@@ -1,7 +1,6 @@
 """What an installation needs: no triton, no GPU and no C compiler for the CPU path, and no deprecated API."""
 
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
@@ -10,44 +9,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import run_child
 
 import fastvae
 
-TRAIN = """
-import numpy as np
-import fastvae
-x = fastvae.Clicks.from_pairs([0, 0, 1, 1, 2], [0, 3, 3, 4, 1])
-model = fastvae.MultiVAE([2, 4, 5])
-result = fastvae.fit(model, x, (x, x), epochs=2, batch_size=2)
-assert np.isfinite(result.history[-1]["loss"])
-assert fastvae.recommend(model, x, k=2).items.shape == (3, 2)
-"""
-WITHOUT_TRITON = """
-import sys
-import tarfile
-import zipfile
-sys.modules["triton"] = None  # what import triton sees where it is not installed
-"""
-FALLBACK = """
-assert fastvae.has_triton() is False
-import torch
-from fastvae.ops.sparse_linear import _SPARSE_LINEAR
-try:
-    _SPARSE_LINEAR.cuda(*[None] * 11)
-except RuntimeError as error:
-    print(error)
-"""
 
-
-def python(code, *options, **changes):
-    """Run code in a new process that sees no GPU."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **changes}
-    command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def on_a_cpu(name, *arguments, **environment):
+    """A child program that sees no GPU."""
+    return run_child(name, *arguments, CUDA_VISIBLE_DEVICES="", **environment)
 
 
 def test_without_triton_everything_works_on_a_cpu_and_a_gpu_is_told_what_is_missing():
-    done = python(WITHOUT_TRITON + TRAIN + FALLBACK)
+    done = on_a_cpu("train_on_a_cpu.py", "triton=missing")
     assert done.stdout == (
         "sparse_linear: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU\n"
     ), done.stderr
@@ -63,33 +36,29 @@ def test_has_triton_says_whether_it_is_there():
 
 
 def test_importing_needs_neither_triton_nor_the_extras():
-    code = """
-import sys
-import tarfile
-import zipfile
-import torch
-before = set(sys.modules)
-import fastvae
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "polars", "typer", "rich", "matplotlib"}))
-"""
-    done = python(code)
+    done = on_a_cpu("imports.py")
     assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_cpu_path_needs_no_c_compiler_and_no_writable_home(tmp_path):
     home, cache = tmp_path / "home", tmp_path / "none"
     home.mkdir(mode=0o500)
-    done = python(
-        TRAIN, PATH=str(tmp_path), CC="", CXX="", HOME=str(home), TRITON_CACHE_DIR=str(cache)
+    done = on_a_cpu(
+        "train_on_a_cpu.py",
+        PATH=str(tmp_path),
+        CC="",
+        CXX="",
+        HOME=str(home),
+        TRITON_CACHE_DIR=str(cache),
     )
     assert done.returncode == 0, done.stderr
     assert not cache.exists() and not list(home.iterdir())
 
 
 def test_nothing_deprecated_is_used():
-    options = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
-    done = python(TRAIN, *(part for name in options for part in ("-W", f"error::{name}")))
+    kinds = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    errors = ",".join(f"error::{kind}" for kind in kinds)
+    done = on_a_cpu("train_on_a_cpu.py", PYTHONWARNINGS=errors)
     assert done.returncode == 0, done.stderr
 
 
@@ -128,8 +97,5 @@ def test_the_wheel_holds_the_kernels_and_works_elsewhere(tmp_path):
         names = set(archive.namelist())
     wanted = {"fastvae/py.typed", "fastvae/kernels/__init__.py", "fastvae/kernels/tiles.py"}
     assert wanted <= names and len(names) == len(archive.infolist())
-    code = "import fastvae, fastvae.kernels.sparse_linear as k; print(fastvae.__file__); print(k.__file__)"
-    places = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
-    )  # fmt: skip
-    assert all(str(tmp_path / "site") in place for place in places.stdout.splitlines())
+    places = on_a_cpu("where.py", PYTHONPATH=str(tmp_path / "site")).stdout.splitlines()
+    assert len(places) == 2 and all(str(tmp_path / "site") in place for place in places)

@@ -1,0 +1,119 @@
+"""The options of the commands, each listed once, by the names of the functions that take them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DatasetArg = Annotated[Path, typer.Argument(help="Dataset folder that fastvae prepare wrote.")]
+RunArg = Annotated[
+    Path, typer.Argument(help="Run folder that fastvae train wrote, or a checkpoint file.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
+]
+Quirk = Annotated[
+    bool, typer.Option(help="For a bare state_dict whose code applied tanh after each dropout.")
+]
+
+
+def _log_option(help: str, default: str = "guessed") -> Any:
+    return typer.Option(help=help, show_default=default, rich_help_panel="The click log")
+
+
+def _model_option(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel="The model")
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """How to read a click log, by the argument names of read_events."""
+
+    user: Annotated[str | None, _log_option("Column of the user ids.")] = None
+    item: Annotated[str | None, _log_option("Column of the item ids.")] = None
+    rating: Annotated[str | None, _log_option("Column of the ratings.")] = None
+    min_rating: Annotated[
+        float | None, _log_option("Keep events rated at least this.", "all but 0")
+    ] = None
+    separator: Annotated[str | None, _log_option("Column separator.")] = None
+    header: Annotated[bool | None, _log_option("Whether the first line names the columns.")] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model to train."""
+
+    model: Annotated[str, _model_option("vae (Mult-VAE) or dae (Mult-DAE).")] = "vae"
+    hidden: Annotated[
+        str,
+        _model_option(
+            "Widths of the hidden layers from items to latent, such as 600 or 1000,600; "
+            "none for no hidden layer."
+        ),
+    ] = "600"
+    latent: Annotated[int, _model_option("Width of the latent layer.")] = 200
+    dropout: Annotated[float, _model_option("Probability to drop an input click.")] = 0.5
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train, by the argument names of fit."""
+
+    epochs: Annotated[int, typer.Option(help="Passes over the users.")] = 200
+    batch_size: Annotated[int, typer.Option(help="Users per update.")] = 500
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3
+    anneal_cap: Annotated[float, typer.Option(help="Largest weight beta of the KL term.")] = 0.2
+    total_anneal_steps: Annotated[
+        int,
+        typer.Option(
+            help="Updates after which beta would be 1. The default is the paper's, for a million users; "
+            "0, beta at the cap from the start, suits small data."
+        ),
+    ] = 200_000
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs without a better NDCG@100.", show_default="never"
+        ),
+    ] = None
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or tf32 on a GPU.")] = "fp32"
+    seed: Annotated[
+        int, typer.Option(help="Of initial weights, order of users, dropout and noise.")
+    ] = 0
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in the run folder; give the same options again, "
+            "epochs and patience may differ.",
+        ),
+    ] = False
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field in place of its parameters that are one of these classes."""
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if kind in (LogOptions, ModelOptions, FitOptions):
+            fields = inspect.signature(kind, eval_str=True).parameters
+            groups[parameter.name] = kind, list(fields)
+            parameters += fields.values()
+        else:
+            parameters.append(parameter)
+
+    @functools.wraps(command)
+    def taking_options(**arguments: Any) -> None:
+        for name, (make, names) in groups.items():
+            arguments[name] = make(**{field: arguments.pop(field) for field in names})
+        command(**arguments)
+
+    taking_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return taking_options
