@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fastvae import MultiVAE, load_model
 from fastvae.checkpoint import read_checkpoint, write_checkpoint
-from fastvae.events import read_events, read_titles
+from fastvae.events import read_events
+from fastvae.movielens import read_titles
 
 N_TARGETS = 3
 SECONDS = float(os.environ.get("FASTVAE_FUZZ_SECONDS", "15")) / N_TARGETS
