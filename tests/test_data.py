@@ -174,22 +174,23 @@ FEW = "n_heldout, or add data"
 BAD_SETTINGS = {
     "too_many": (
         {"n_heldout": 5},
-        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 5 clicks; lower "
-        + FEW,
+        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users "
+        "with at least 5 clicks; lower " + FEW,
     ),
     "too_many_without_a_minimum": (
         {"n_heldout": 5, "min_user_clicks": 0},
-        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users with at least 1 clicks; lower "
-        + FEW,
+        "prepare: n_heldout must leave users to train, validate and test on, got 5 of 10 users "
+        "with at least 1 clicks; lower " + FEW,
     ),
     "fraction_of_few": (
         {"n_heldout": 0.05},
-        "prepare: n_heldout must leave users to train, validate and test on, got 0.05 of 10 users with at least 5 clicks; raise "
-        + FEW,
+        "prepare: n_heldout must leave users to train, validate and test on, got 0.05 of 10 users "
+        "with at least 5 clicks; raise " + FEW,
     ),
     "none_left": (
         {"n_heldout": 1, "min_user_clicks": 9},
-        "prepare: events must leave a user with at least 9 clicks, got none of 60 events (dropped 60 with a user with "
+        "prepare: events must leave a user with at least 9 clicks, got none of 60 events (dropped "
+        "60 with a user with "
         "fewer than min_user_clicks); lower the thresholds or add data",
     ),
     "fraction": (
@@ -319,7 +320,8 @@ def test_held_out_clicks_on_unknown_items_are_dropped_and_counted_or_named():
     with pytest.raises(ValueError) as error:
         map_items(Clicks([0, 9], range(9), n_items=9), items, vocabulary, strict=True)
     assert str(error.value) == (
-        "prepare: items must be in the vocabulary, got 7 unknown: 'x0', 'x1', 'x2', 'x3', 'x4'; leave out strict to drop them"
+        "prepare: items must be in the vocabulary, got 7 unknown: 'x0', 'x1', 'x2', 'x3', 'x4'; "
+        "leave out strict to drop them"
     )
 
 

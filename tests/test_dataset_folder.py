@@ -127,7 +127,8 @@ def test_a_link_is_followed_to_the_folder_that_is_replaced(tmp_path):
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, name):
     folder = tmp_path / "folder"
     small_dataset(0).save(folder)
-    folder.rename(tmp_path / name)  # .folder.old is what a kill between the renames leaves
+    # .folder.old is what a kill between the renames leaves
+    folder.rename(tmp_path / name)
 
     def full(handle):
         raise OSError(28, "No space left on device")

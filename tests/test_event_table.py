@@ -138,7 +138,8 @@ BAD_FILES = {
     "no_item.csv": (
         "user,thing\nu,a\n",
         {},
-        "events: item must name a column of no_item.csv, got no column with a usual name; the columns are 'user', 'thing'",
+        "events: item must name a column of no_item.csv, got no column with a usual name; the "
+        "columns are 'user', 'thing'",
     ),
     "wrong_name.csv": (
         "user,item\nu,a\n",
@@ -163,7 +164,8 @@ BAD_FILES = {
     "old_mac.csv": (
         "user,item\ru,a\r",
         {},
-        "events: file must be a well-formed table, got old_mac.csv: lines that end in CR alone; convert the line ends to LF",
+        "events: file must be a well-formed table, got old_mac.csv: lines that end in CR alone; "
+        "convert the line ends to LF",
     ),
     "unknown_words.csv": (
         "who,what\nu,a\n",
@@ -174,7 +176,8 @@ BAD_FILES = {
     "no_rating.csv": (
         "1,2\n",
         {"min_rating": 4},
-        "events: rating must name a column of no_rating.csv, got no column with a usual name; the columns are '1', '2'",
+        "events: rating must name a column of no_rating.csv, got no column with a usual name; the "
+        "columns are '1', '2'",
     ),
     "empty.csv": (
         "",
@@ -204,7 +207,8 @@ BAD_FILES = {
     "ragged_beyond_what_is_read.csv": (
         "user,item,time\na,x,1\nb,Hello, World,1\nc,z,1\n",
         {},
-        "events: file must have no more fields on a line than on the first, got such a line in ragged_beyond_what_is_read.csv",
+        "events: file must have no more fields on a line than on the first, got such a line in "
+        "ragged_beyond_what_is_read.csv",
     ),
     "ragged_before.tsv": (
         "user\ttitle_x\titem\na\tT\tx\nb\tHello\tWorld\ty\n",
@@ -219,7 +223,8 @@ BAD_FILES = {
     "excel.csv": (
         "sep=,\nuser,item\nu,a\n",
         {},
-        "events: file must start with a line of column names, got 'sep=', '' in excel.csv; remove what stands above them",
+        "events: file must start with a line of column names, got 'sep=', '' in excel.csv; remove "
+        "what stands above them",
     ),
     "no_mark.csv": (
         "user,item\nu,a\n".encode("utf-16-le"),
@@ -229,7 +234,8 @@ BAD_FILES = {
     "open_quote.csv": (
         'user,item\nu,"a\nv,b\n',
         {},
-        "events: file must close every double quote, got 1 of them in open_quote.csv; write a quote inside a field twice",
+        "events: file must close every double quote, got 1 of them in open_quote.csv; write a "
+        "quote inside a field twice",
     ),
     "long.csv": (
         "user,item" + "x" * 70_000,

@@ -73,8 +73,10 @@ def test_ratings_that_are_no_numbers_are_counted_or_named(tmp_path):
     with pytest.raises(ValueError) as error:
         split_dataset(read_events(path, min_rating=4), 0, min_user_clicks=1)
     assert str(error.value) == (
-        "prepare: events must leave a user with at least 1 clicks, got none of 5 events (dropped 2 with a rating below "
-        "min_rating; 1 with no user id; 1 with no rating; 1 with a rating that is not a number); lower the thresholds or "
+        "prepare: events must leave a user with at least 1 clicks, got none of 5 events (dropped 2 "
+        "with a rating below "
+        "min_rating; 1 with no user id; 1 with no rating; 1 with a rating that is not a number); "
+        "lower the thresholds or "
         "add data"
     )
 
