@@ -7,6 +7,12 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    # Windows: two writers of one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -43,6 +49,32 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
         for leftover in folder.glob(f".{name}.*.tmp"):
             if leftover.name.split(".")[-2].isdigit():
                 leftover.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> contextlib.ExitStack:
+    """The lock of a file or folder, held until the context ends; the system takes it back from a process that dies.
+
+    Raises: BlockingIOError where another holds it, FileNotFoundError where path has gone or been replaced meanwhile.
+    """
+    held = contextlib.ExitStack()
+    if fcntl is None:
+        return held
+    descriptor = os.open(path, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            # a file system without locks
+            return held
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(path)
+    except OSError:
+        held.close()
+        raise
+    return held
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,19 +8,20 @@ parts  file name without .npz -> Clicks       ids  name of an id array -> object
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ._checks import listed
-from ._files import naming, sync
+from ._files import locked, naming, sync
 from .clicks import Clicks
 from .events import DROPPED
 
@@ -47,25 +48,52 @@ def write_folder(
     ids: Mapping[str, np.ndarray],
     info: dict[str, Any],
 ) -> None:
-    """Write the files under a hidden name beside the folder, sync them, and rename: all or nothing."""
+    """Write the files under a hidden name beside the folder, sync them, and rename: all or nothing.
+
+    Raises: ValueError as check_writable, and while another process writes this folder.
+    """
     target = check_writable(folder)
     fresh, aside = _hidden(target, "new"), _hidden(target, "old")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists() and not target.exists():
-        # an earlier save was killed between its two renames
-        os.rename(aside, target)
-    for leftover in (fresh, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        _write_files(fresh, parts, ids, info)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(fresh, target)
-    sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with _claimed(target):
+        if aside.exists() and not target.exists():
+            # an earlier save was killed between its two renames
+            os.rename(aside, target)
+        for leftover in (fresh, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            _write_files(fresh, parts, ids, info)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(fresh, target)
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _claimed(target: Path) -> Iterator[None]:
+    """Keep other writers of the folder out for the block, by a lock on a hidden file beside it."""
+    path, held = _hidden(target, "lock"), None
+    while held is None:
+        path.touch()
+        # another writer may have ended in between, and removed the file
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                held = locked(path)
+            except BlockingIOError:
+                raise ValueError(
+                    f"dataset: folder must be one that no other process writes to, got {target}; "
+                    "wait for that one to end, or choose another name"
+                ) from None
+    with held:
+        try:
+            yield
+        finally:
+            # while the lock is held: who has opened this file meanwhile finds that it is gone
+            path.unlink(missing_ok=True)
 
 
 def _write_files(folder: Path, parts, ids, info) -> None:
@@ -122,20 +150,43 @@ def read_folder(
     """Parts, ids and info of a folder that write_folder wrote.
 
     No file is trusted: nothing is unpickled, and no array is made before the size that its header promises is
-    found to be the size that is there. Raises: ValueError for a missing, truncated or foreign folder.
+    found to be the size that is there. Files of one save are read, also while another process saves.
+    Raises: ValueError for a missing, truncated or foreign folder.
     """
-    target = Path(os.path.realpath(folder))
-    if not target.exists() and _hidden(target, "old").is_dir():
-        # a save was killed between its two renames
-        target = _hidden(target, "old")
-    if not target.is_dir():
-        got = "a file" if target.exists() else "nothing"
-        raise ValueError(
-            f"dataset: folder must be a dataset folder, got {got} at {folder}; write one with fastvae prepare"
-        )
-    info = _checked(target / "info.json", _read_info)
-    parts = {part: _checked(target / f"{part}.npz", _read_clicks) for part, _ in PARTS.values()}
-    ids = _checked(target / "ids.npz", _read_ids)
+    while True:
+        target = Path(os.path.realpath(folder))
+        if not target.exists() and _hidden(target, "old").is_dir():
+            # a save is, or was killed, between its two renames
+            target = _hidden(target, "old")
+        if not target.is_dir():
+            got = "a file" if target.exists() else "nothing"
+            raise ValueError(
+                f"dataset: folder must be a dataset folder, got {got} at {folder}; write one with fastvae prepare"
+            )
+        before = _identity(target)
+        try:
+            content = _read_files(target)
+        except ValueError:
+            if before is not None and before == _identity(target):
+                raise
+        else:
+            if before == _identity(target):
+                return content
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What changes where a save puts another folder in place of this one."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Clicks], dict[str, np.ndarray], dict[str, Any]]:
+    info = _checked(folder / "info.json", _read_info)
+    parts = {part: _checked(folder / f"{part}.npz", _read_clicks) for part, _ in PARTS.values()}
+    ids = _checked(folder / "ids.npz", _read_ids)
     for part, users in PARTS.values():
         shape = [len(ids[users]), len(ids["items"])]
         _agree(f"{part}.npz", shape, list(parts[part].shape))

@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: two trainings in one folder go unnoticed there
-    fcntl = None  # type: ignore[assignment]
-
-from ._files import naming, remove_leftovers, write_text
+from ._files import locked, naming, remove_leftovers, write_text
 from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .models import MultiDAE, MultiVAE
@@ -197,27 +191,15 @@ def interrupt_message(run: RunFolder | None, epoch: int, batch: int) -> str:
     return where if run is None else f"{where}; saved in {run.last}, resume to go on"
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back from a process that dies."""
-    descriptor = None
-    if fcntl is not None:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(
-                f"fit: run_dir must be a folder that no other training writes to, got {folder}; "
-                "wait for that one to end, or name another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+def _locked(folder: Path) -> contextlib.ExitStack:
+    """Hold the folder's lock."""
     try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        return locked(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"fit: run_dir must be a folder that no other training writes to, got {folder}; "
+            "wait for that one to end, or name another folder"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

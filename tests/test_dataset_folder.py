@@ -21,6 +21,7 @@ from helpers import run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvae import dataset_folder
 from fastvae.data import Dataset, split_dataset
 from fastvae.dataset_folder import FILES, check_writable
 from fastvae.events import read_events
@@ -388,3 +389,48 @@ def test_str_and_path_are_the_same(tmp_path):
     assert check_writable(str(tmp_path / "folder")) == check_writable(tmp_path / "folder")
     titles = write(tmp_path, "t.csv", "item,title\na,A\n")
     assert read_titles(str(titles)) == read_titles(titles) == {"a": "A"}
+
+
+# two processes at one folder
+
+
+def test_a_second_writer_of_a_dataset_folder_is_refused(tmp_path, monkeypatch):
+    folder, write_files = tmp_path / "folder", dataset_folder._write_files
+    small_dataset(0).save(folder)
+
+    def while_another_saves(*arguments):
+        monkeypatch.setattr(dataset_folder, "_write_files", write_files)
+        with pytest.raises(ValueError) as error:
+            small_dataset(2).save(folder)
+        assert str(error.value) == (
+            f"dataset: folder must be one that no other process writes to, got {folder}; "
+            "wait for that one to end, or choose another name"
+        )
+        # another folder beside it is another matter
+        small_dataset(2).save(tmp_path / "other")
+        write_files(*arguments)
+
+    monkeypatch.setattr(dataset_folder, "_write_files", while_another_saves)
+    small_dataset(1).save(folder)
+    assert_same(small_dataset(1), Dataset.load(folder))
+    assert sorted(os.listdir(tmp_path)) == ["folder", "other"]
+    small_dataset(2).save(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_many_writers_leave_a_whole_folder_and_readers_see_one_save_at_a_time(tmp_path):
+    done = run_child("save_at_once.py", tmp_path / "folder", PYTHONWARNINGS="ignore")
+    assert done.stdout == "one dataset at a time\n", done.stderr
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    folder, read_clicks = tmp_path / "folder", dataset_folder._read_clicks
+    small_dataset(0).save(folder)
+
+    def while_another_saves(path):
+        monkeypatch.setattr(dataset_folder, "_read_clicks", read_clicks)
+        small_dataset(1).save(folder)
+        return read_clicks(path)
+
+    monkeypatch.setattr(dataset_folder, "_read_clicks", while_another_saves)
+    assert_same(small_dataset(1), Dataset.load(folder))
