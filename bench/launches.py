@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -63,24 +63,39 @@ def _launches(func: Any, result: Any) -> bool:
 
 
 @contextlib.contextmanager
-def pretended_gpu(launch=lambda *_, **__: None, chip: str = CHIP) -> Iterator[None]:
-    """CPU tensors take the ways of a GPU's; launch(kernel, ...) is called in place of each Triton kernel."""
+def pretended_gpu(launch: Callable[..., None] | None = None, chip: str = CHIP) -> Iterator[None]:
+    """CPU tensors take the ways of a GPU's; launch(kernel, ...), where given, is called in place of each Triton kernel."""
+    patches: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "is_cuda", property(lambda _: True)),
+        (tiles, "chip_of", lambda _: chip),
+        (tiles, "device_guard", lambda _: contextlib.nullcontext()),
+    ]
+    if launch is not None:
 
-    def run(kernel, *args, **options):
-        launch(kernel, *args, **options)
+        def run(kernel: Any, *args: Any, **options: Any) -> None:
+            launch(kernel, *args, **options)
 
-    with contextlib.ExitStack() as stack, torch.library._scoped_library("aten", "IMPL") as library:
+        patches += [(JITFunction, "run", run), (InterpretedFunction, "run", run)]
+    with _patched(*patches), torch.library._scoped_library("aten", "IMPL") as library:
         # products of half precision with an fp32 result, which CPUs do not have
         library.impl("mm.dtype", lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)), "CPU")
-        for target, name, value in (
-            (torch.Tensor, "is_cuda", property(lambda _: True)),
-            (tiles, "chip_of", lambda _: chip),
-            (tiles, "device_guard", lambda _: contextlib.nullcontext()),
-            (_dispatch, "is_watched", lambda _: False),
-            (_linear, "is_watched", lambda _: False),
-            (JITFunction, "run", run),
-            (InterpretedFunction, "run", run),
-        ):
+        yield
+
+
+@contextlib.contextmanager
+def counted_launches() -> Iterator[list[str]]:
+    """The names of what is launched inside, on a pretended GPU."""
+    launches = Launches()
+    # the mode that counts is no reason to take another way than without it
+    unwatched = ((module, "is_watched", lambda _: False) for module in (_dispatch, _linear))
+    with pretended_gpu(launches.kernel), _patched(*unwatched), launches:
+        yield launches.names
+
+
+@contextlib.contextmanager
+def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
         yield
 
@@ -96,15 +111,13 @@ def trainer(precision: str, n_items: int = 2_011, batch_size: int = 32) -> tuple
 
 def step_launches(precision: str) -> list[str]:
     """The launches of one captured step: forward, backward, optimiser and the running sums."""
-    launches = Launches()
     beta = torch.tensor(0.1)
-    with pretended_gpu(launches.kernel):
-        run, clicks = trainer(precision)
+    run, clicks = trainer(precision)
+    with counted_launches() as names:
         run.compute(clicks, beta)  # an optimiser makes its state at its first step
-        launches.names.clear()
-        with launches:
-            run.compute(clicks, beta)
-    return launches.names
+        names.clear()
+        run.compute(clicks, beta)
+    return names
 
 
 def main(arguments: list[str]) -> None:

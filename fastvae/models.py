@@ -23,7 +23,7 @@ from ._checks import check_catalogue, check_per_click
 from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
-from .ops._linear import linear
+from .ops._linear import is_only, linear
 
 
 class ItemMajorLinear(nn.Linear):
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
     def _first(self, x: Tensor | Clicks, tanh: bool) -> Tensor:
         layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
-        if isinstance(x, Clicks) and not _is_only(layer, nn.Linear):
+        if isinstance(x, Clicks) and not is_only(layer, nn.Linear):
             x = x.to_dense().to(_dtype(self))
         if isinstance(x, Clicks):
             active = self.training and dropout > 0
@@ -127,18 +127,6 @@ class Decoder(nn.Module):
     def output(self) -> nn.Linear:
         """The last layer, hidden to items."""
         return self.p_layers.layer(len(self.p_layers) - 1)
-
-
-def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of module is kind's forward and nothing else, so that its weights may be read instead of calling it.
-
-    Not so with another forward (LoRA, quantisation) and with hooks, which may change what comes out (pruning).
-    """
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    is_same = type(module).forward is kind.forward and "forward" not in vars(module)
-    return is_same and not any(hooks)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -207,7 +195,7 @@ class _MultiModel(nn.Module):
         return nll, kld
 
     def _nll(self, z: Tensor, clicks: Clicks) -> Tensor:
-        if not (_is_only(self.decode, Decoder) and _is_only(self.decode.output, nn.Linear)):
+        if not (is_only(self.decode, Decoder) and is_only(self.decode.output, nn.Linear)):
             return multinomial_nll(self.decode(z), clicks)
         hidden, last = self.decode.hidden(z), self.decode.output
         return linear_multinomial_nll(hidden, last.weight, last.bias, clicks)

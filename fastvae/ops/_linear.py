@@ -17,26 +17,40 @@ from ._checks import autocast_dtype
 from ._dispatch import is_watched, uses_kernels
 
 HALF = (torch.bfloat16, torch.float16)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear(layer: nn.Linear, h: Tensor, tanh: bool) -> Tensor:
     """layer(h), and tanh of it: [n_users, n_in] to [n_users, n_out] in layer's dtype, or in autocast's."""
     dtype = autocast_dtype(h.device)
-    if dtype in HALF and uses_kernels(h) and not is_watched((h, layer.weight)) and _is_plain(layer):
-        return _Linear.apply(h, layer.weight, layer.bias, dtype, tanh)
+    if dtype in HALF and uses_kernels(h) and is_only(layer, nn.Linear):
+        weight, bias = layer.weight, layer.bias
+        if weight.dtype == torch.float32 and not is_watched((h, weight)):
+            return _Linear.apply(h, weight, bias, dtype, tanh)
     y = layer(h)
     return torch.tanh(y) if tanh else y
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a call of the layer would be F.linear of fp32 parameters and nothing else."""
+def is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of module is kind's forward and nothing else, so that its weights may be read instead of calling it.
+
+    Not so with another forward (LoRA, quantisation) and with hooks, which may change what comes out (pruning).
+    """
     return (
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and layer.weight.dtype == torch.float32
-        and not any(getattr(layer, hooks) for hooks in HOOKS)
-        and not any(getattr(nn_module, f"_global{hooks}") for hooks in HOOKS)
+        type(module).forward is kind.forward
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_global_hooks()
+    )
+
+
+def _has_global_hooks() -> bool:
+    m = nn_module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
     )
 
 
