@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvae.kernels import (
+    adam,
     linear_multinomial_nll,
     multinomial_nll,
     sample_latent,
@@ -49,15 +50,18 @@ TYPES = {
     "rows_ptr": "*i64",
     "seed_ptr": "*i64",
     "marks_ptr": "*i32",
-    "keep_scale": "fp32",
+    **dict.fromkeys(
+        ("keep_scale", "lr", "decay1", "decay2", "log_beta1", "log_beta2", "eps"), "fp32"
+    ),
 }
+N_WEIGHTS = 8  # weights and biases of its four layers
 
 
 class Case(NamedTuple):
     """A kernel with one tile of the table, and what to expect of its code.
 
-    arguments holds types of runtime arguments (None: left out) and values of constexprs; what it lacks comes from the
-    tile, from TYPES, or else is a pointer to fp32 or an int32.
+    arguments holds types of runtime arguments (a tuple of them for a tuple; None: left out) and values of constexprs; what
+    it lacks comes from the tile, from TYPES, or else is a pointer to fp32 or an int32.
     """
 
     kernel: Any
@@ -172,11 +176,23 @@ def sample_latent_cases(chip: str) -> Iterator[Case]:
             yield Case(sample_latent._sample_latent_bwd_kernel, detail, tile, arguments, wide=wide)
 
 
+def adam_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/adam.py."""
+    names = ("weight_ptrs", "grad_ptrs", "exp_avg_ptrs", "exp_avg_sq_ptrs", "step_ptrs")
+    common = dict.fromkeys(names, ("*fp32",) * N_WEIGHTS) | {"numels": ("i32",) * N_WEIGHTS}
+    kernel, tile = adam._adam_kernel, tiles.TABLE[chip].adam
+    shadows = common | {"lr_ptr": None, "shadow_ptrs": ("*bf16",) * N_WEIGHTS}
+    # a tensor's last block is masked, number by number
+    yield Case(kernel, "shadows", tile, shadows, singles=(1, "block"))
+    yield Case(kernel, "fp32 alone, lr a tensor", tile, common | {"shadow_ptrs": None})
+
+
 CASES = (
     sparse_linear_cases,
     sample_latent_cases,
     multinomial_nll_cases,
     linear_multinomial_nll_cases,
+    adam_cases,
 )
 
 
@@ -195,8 +211,13 @@ def compile_case(case: Case, chip: str) -> Any:
             signature[name], constants[position,] = "constexpr", given[name]
         else:
             signature[name] = argument
-        if not parameter.is_constexpr and name.endswith("_ptr"):
-            attributes[position,] = [["tt.divisibility", 16]]
+        if not parameter.is_constexpr and name.endswith(("_ptr", "_ptrs")):
+            paths = (
+                [(position, n) for n in range(len(argument))]
+                if isinstance(argument, tuple)
+                else [(position,)]
+            )
+            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     options = {"num_warps": case.tile.num_warps, "num_stages": getattr(case.tile, "num_stages", 3)}
     source = ASTSource(case.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[chip], options=options)

@@ -30,6 +30,7 @@ CAUSES = {
     "models.py": "Models",
     "_model_checks.py": "Arguments of models",
     "train.py": "Training",
+    "adam.py": "The optimiser",
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",
     "checkpoint.py": "Checkpoints",

@@ -1,5 +1,6 @@
 """fastvae: Mult-VAE and Mult-DAE on sparse clicks."""
 
+from .adam import Adam
 from .checkpoint import load_model
 from .clicks import Clicks
 from .data import Dataset
@@ -10,6 +11,7 @@ from .recommend import recommend
 from .train import fit
 
 __all__ = [
+    "Adam",
     "Clicks",
     "Dataset",
     "MultiDAE",

@@ -4,6 +4,7 @@ sparse_linear           first dense layer from CSR rows: L2 norm, dropout, gathe
 multinomial_nll         log-softmax x clicks from existing logits
 linear_multinomial_nll  last dense layer and the same loss, logits never returned
 sample_latent           the encoder's output to z and kld, and back
+adam                    the optimiser's update of all weights in one launch, with their bf16 copies
 tiles                   launch configurations by chip and shape
 """
 

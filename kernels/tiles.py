@@ -52,6 +52,13 @@ class ItemTile(NamedTuple):
     num_warps: int
 
 
+class AdamTile(NamedTuple):
+    """Block of a weight that one program of Adam updates: four numbers, 16 bytes of each tensor, for each of its threads."""
+
+    block: int
+    num_warps: int
+
+
 class ChipTiles(NamedTuple):
     """A row of the table: all that is launched on one chip."""
 
@@ -66,6 +73,7 @@ class ChipTiles(NamedTuple):
     sparse_forward: dict[int, ClickTile]  # sparse_linear, by bytes of a weight
     sparse_backward: ClickTile  # its gradients that go through the clicks of a user
     sparse_item: ItemTile  # its ordered weight gradient, which goes through the users of an item
+    adam: AdamTile
 
     def gemm_tile(self, kind: str, n_users: int) -> GemmTile:
         """Tile of linear_multinomial_nll's GEMM."""
@@ -103,6 +111,7 @@ _SM_80 = ChipTiles(
     },
     sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=2),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=128, num_warps=1),
+    adam=AdamTile(block=512, num_warps=4),
 )
 _SM_90 = _SM_80._replace(
     gemm={
@@ -125,6 +134,7 @@ _GFX942 = _SM_80._replace(
     },
     sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=1),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=256, num_warps=1),
+    adam=AdamTile(block=512, num_warps=2),
 )
 _INTERPRETER_CLICKS = ClickTile(block_nnz=16, block_d=32, num_warps=4)
 _INTERPRETER_SPARSE = ClickTile(block_nnz=16, block_d=256, num_warps=4)
@@ -150,6 +160,7 @@ TABLE = {
         sparse_forward={2: _INTERPRETER_SPARSE, 4: _INTERPRETER_SPARSE},
         sparse_backward=_INTERPRETER_SPARSE,
         sparse_item=ItemTile(block_words=2, block_u=8, block_d=256, num_warps=1),
+        adam=AdamTile(block=256, num_warps=1),
     ),
 }
 CHIPS = tuple(chip for chip in TABLE if chip != "interpreter")
