@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvae.kernels import (
     adam,
+    exp_gemm,
     linear_multinomial_nll,
     multinomial_nll,
     sample_latent,
@@ -81,6 +81,7 @@ class FixedTile(NamedTuple):
     block: int
     block_nnz: int
     num_warps: int
+    wide: int = 1024
 
 
 def multinomial_nll_cases(chip: str) -> Iterator[Case]:
@@ -104,32 +105,40 @@ def multinomial_nll_cases(chip: str) -> Iterator[Case]:
 
 def linear_multinomial_nll_cases(chip: str) -> Iterator[Case]:
     """Cases of kernels/linear_multinomial_nll.py."""
-    module = linear_multinomial_nll
+    module, table = linear_multinomial_nll, tiles.TABLE[chip]
+    for dtype in ("bf16", "fp32"):
+        common = {"e_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "scaled_ptr": f"*{dtype}"}
+        common |= {"N_HIDDEN": N_HIDDEN, "N_PADDED": N_PADDED, "WIDTH": N_HIDDEN + 8}
+        yield Case(module._exp_row_kernel, dtype, table.exp_row, common, singles=(3, "block_nnz"))
+        scaled = FixedTile(0, 0, 4)
+        yield Case(module._scale_hidden_kernel, dtype, scaled, common | {"BLOCK_D": 1024}, wide=False, singles=(2, "wide"))  # fmt: skip
+
+
+def exp_gemm_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/exp_gemm.py."""
+    module, table = exp_gemm, tiles.TABLE[chip]
     for kind, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
         stored = "bf16" if dtype == "bf16" else "fp32"
         common = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
         common |= {"e_ptr": f"*{stored}", "N_HIDDEN": N_HIDDEN, "N_PADDED": N_PADDED}
         gemm = common | {"bias_ptr": "*fp32", "PRECISION": "tf32" if kind == "tf32" else "ieee"}
-        gemm |= {"E_DTYPE": tl.bfloat16 if stored == "bf16" else tl.float32, "RAISED": False}
-        kernel, core = module._exp_gemm_kernel, kind != "ieee" and chip != "sm_75"
-        variants = {"": {}, ", raised": {"RAISED": True}}  # a training step launches both
+        core = kind != "ieee" and chip != "sm_75"
+        variants = {"": {}}
         if kind in ("bf16", "ieee"):
             variants[", no grad"] = {"e_ptr": None}
-        for tile in dict.fromkeys(tiles.TABLE[chip].gemm[kind]):
+        for tile in dict.fromkeys(table.gemm[kind]):
             for variant, more in variants.items():
-                detail = f"{kind} {tile.block_u}x{tile.block_i}x{tile.block_d}{variant}"
-                yield Case(kernel, detail, tile, gemm | more, tensor_core=core)
+                for kernel in (module._exp_gemm_kernel, module._exp_gemm_raised_kernel):
+                    detail = f"{kind} {tile.block_u}x{tile.block_i}x{tile.block_d}{variant}"
+                    yield Case(kernel, detail, tile, gemm | more, tensor_core=core)
         if kind in ("fp16", "tf32"):
-            continue  # the other kernels know the dtype only
+            # the other kernels know the dtype only
+            continue
         kernel, singles = module._clicks_kernel, (3, "block_nnz")
-        tile = tiles.TABLE[chip].stored_clicks
-        yield Case(kernel, f"{dtype}, from E", tile, common, wide=False, singles=singles)
-        tile, singles, gathered = (
-            tiles.TABLE[chip].gathered_clicks,
-            (2, "block_nnz"),
-            {"e_ptr": None},
-        )
-        yield Case(kernel, f"{dtype}, from weight rows", tile, common | gathered, singles=singles)
+        detail = f"{dtype}, from E"
+        yield Case(kernel, detail, table.stored_clicks, common, wide=False, singles=singles)
+        gathered, detail = common | {"e_ptr": None}, f"{dtype}, from weight rows"
+        yield Case(kernel, detail, table.gathered_clicks, gathered, singles=(2, "block_nnz"))
         kernel, tile = module._prepare_kernel, FixedTile(module.N_PROBE, 0, 4)
         yield Case(kernel, dtype, tile, common, wide=False, singles=(2, "block"))
 
@@ -192,6 +201,7 @@ CASES = (
     sample_latent_cases,
     multinomial_nll_cases,
     linear_multinomial_nll_cases,
+    exp_gemm_cases,
     adam_cases,
 )
 

@@ -103,9 +103,17 @@ def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
         hidden = torch.randn(n_users, N_HIDDEN, device=options.device).to(dtype)
         weight = (0.05 * torch.randn(options.items, N_HIDDEN, device=options.device)).to(dtype)
 
-        def run(tile, fused=True, hidden=hidden, weight=weight, kind=kind):
-            return linear_multinomial_nll.linear_multinomial_nll_fwd(
-                hidden, weight, None, csr, allow_tf32=kind == "tf32", fused=fused, tile=tile
+        n_items = options.items
+        d = torch.empty(
+            n_users,
+            linear_multinomial_nll.stored_width(n_items),
+            dtype=linear_multinomial_nll.stored_dtype(dtype),
+            device=options.device,
+        )
+
+        def run(tile, fused=True, hidden=hidden, weight=weight, d=d, n_items=n_items):
+            return linear_multinomial_nll.exp_rows(
+                hidden, weight, None, csr, n_items, d, fused=fused, tile=tile
             )[0]
 
         name = f"linear_multinomial_nll {kind} {n_users} users"

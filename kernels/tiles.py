@@ -60,24 +60,41 @@ class AdamTile(NamedTuple):
 
 
 class ChipTiles(NamedTuple):
-    """A row of the table: all that is launched on one chip."""
+    """A row of the table: all that is launched on one chip.
 
-    gemm: dict[str, tuple[GemmTile, GemmTile]]  # by kind of product: for few users, for many
-    fused: tuple[
-        str, ...
-    ]  # kinds whose exponential is folded into our own GEMM; else the GEMM is torch's
-    forward_row: RowTile  # multinomial_nll
+    gemm             linear_multinomial_nll's own GEMM, by kind of product: for few users, for many
+    fused            kinds whose exponential may be folded into that GEMM; else the GEMM is torch's
+    fused_above      columns of the buffer above which it is
+    exp_row          the pass over the logits of torch's GEMM; block_i is a multiple of the padding's 128
+    stored_clicks    linear_multinomial_nll's clicks, one number each
+    gathered_clicks  and where each has to gather a weight row
+    forward_row, backward_row  multinomial_nll
+    sparse_forward   sparse_linear, by bytes of a weight
+    sparse_backward  its gradients that go through the clicks of a user
+    sparse_item      its ordered weight gradient, which goes through the users of an item
+    adam             the optimiser's step
+    """
+
+    gemm: dict[str, tuple[GemmTile, GemmTile]]
+    fused: tuple[str, ...]
+    fused_above: int
+    exp_row: RowTile
+    stored_clicks: ClickTile
+    gathered_clicks: ClickTile
+    forward_row: RowTile
     backward_row: RowTile
-    stored_clicks: ClickTile  # linear_multinomial_nll's clicks, one number each
-    gathered_clicks: ClickTile  # and where each has to gather a weight row
-    sparse_forward: dict[int, ClickTile]  # sparse_linear, by bytes of a weight
-    sparse_backward: ClickTile  # its gradients that go through the clicks of a user
-    sparse_item: ItemTile  # its ordered weight gradient, which goes through the users of an item
+    sparse_forward: dict[int, ClickTile]
+    sparse_backward: ClickTile
+    sparse_item: ItemTile
     adam: AdamTile
 
     def gemm_tile(self, kind: str, n_users: int) -> GemmTile:
         """Tile of linear_multinomial_nll's GEMM."""
         return self.gemm[kind][n_users >= MANY_USERS]
+
+    def fuses(self, kind: str, width: int) -> bool:
+        """Whether linear_multinomial_nll folds the exponential into a GEMM of its own at this width of the buffer."""
+        return kind in self.fused and width > self.fused_above
 
 
 def _same(tile: GemmTile, *kinds: str) -> dict[str, tuple[GemmTile, GemmTile]]:
@@ -98,6 +115,9 @@ _SM_80 = ChipTiles(
         **_same(_PLAIN, "ieee"),
     },
     fused=_TENSOR_CORE,
+    # the pass reads a row twice: up to here the second time comes from the cache
+    fused_above=65_536,
+    exp_row=RowTile(block_i=2048, split_i=0, block_nnz=256, num_warps=8),
     forward_row=RowTile(block_i=4096, split_i=65_536, block_nnz=256, num_warps=8),
     backward_row=RowTile(block_i=2048, split_i=16_384, block_nnz=256, num_warps=8),
     # no fewer clicks than threads: a click read twice could be read after it was changed
@@ -153,6 +173,8 @@ TABLE = {
     "interpreter": ChipTiles(
         gemm=_same(GemmTile(16, 64, 32, 2, 4, 1), *_TENSOR_CORE, "ieee"),
         fused=(*_TENSOR_CORE, "ieee"),
+        fused_above=0,
+        exp_row=RowTile(block_i=128, split_i=0, block_nnz=16, num_warps=4),
         forward_row=_INTERPRETER_ROW,
         backward_row=_INTERPRETER_ROW,
         stored_clicks=_INTERPRETER_CLICKS,

@@ -5,7 +5,8 @@ import torch
 from helpers import assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, linear_multinomial_nll, reference
-from fastvae.ops.linear_multinomial_nll import _LINEAR_MULTINOMIAL_NLL, ITEMS_PER_GEMM
+from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GEMM
+from fastvae.ops.linear_multinomial_nll import _LINEAR_MULTINOMIAL_NLL
 
 SHAPES = [
     pytest.param([], 5, 3, id="no-users"),
