@@ -68,6 +68,7 @@ def pretended_gpu(launch: Callable[..., None] | None = None, chip: str = CHIP) -
     patches: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "is_cuda", property(lambda _: True)),
         (tiles, "chip_of", lambda _: chip),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (tiles, "device_guard", lambda _: contextlib.nullcontext()),
     ]
     if launch is not None:

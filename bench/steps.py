@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bench import rivals
 from bench.provider import BETA, WARM_UP, NotTimed, Provider
-from fastvae import Clicks, MultiVAE, reference
+from fastvae import Adam, Clicks, MultiVAE, reference
 from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
-from fastvae.step import GraphedStep, ItemMajorAdam
+from fastvae.step import GraphedStep
 from fastvae.synthetic import synthetic_clicks
 
 
@@ -68,11 +68,13 @@ class Graphed(Provider):
 
 
 def _fastvae(model: MultiVAE, bf16: bool) -> Provider:
-    return Provider(model, model.loss, ItemMajorAdam(model, 1e-3), lambda clicks: clicks, bf16)
+    adam = Adam(model.parameters(), 1e-3, shadow=bf16)
+    return Provider(model, model.loss, adam, lambda clicks: clicks, bf16)
 
 
 def _graphed(model: MultiVAE, bf16: bool) -> Provider:
-    return Graphed(model, model.loss, ItemMajorAdam(model, 1e-3), lambda clicks: clicks, bf16)
+    adam = Adam(model.parameters(), 1e-3, shadow=bf16)
+    return Graphed(model, model.loss, adam, lambda clicks: clicks, bf16)
 
 
 def _fastvae_drop_in(model: MultiVAE, bf16: bool) -> Provider:

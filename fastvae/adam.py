@@ -278,12 +278,9 @@ def to_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def from_file(state_dict: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
     """The state_dict that to_file was given, of these weights."""
+    item_major = {n for n, weight in enumerate(weights) if row_major(weight) is not weight}
     state = {
-        n: {name: t.t() if t.ndim == 2 and _is_item_major(weights[n]) else t for name, t in parts.items()}
+        n: {name: t.t() if n in item_major and t.ndim == 2 else t for name, t in parts.items()}
         for n, parts in state_dict["state"].items()
-    }  # fmt: skip
+    }
     return state_dict | {"state": state}
-
-
-def _is_item_major(weight: Tensor) -> bool:
-    return row_major(weight) is not weight

@@ -1,4 +1,4 @@
-"""The training step's parts: Adam over views, one CUDA graph of the whole step, and the precision of products."""
+"""The training step's parts: the gradient of the mean, one CUDA graph of the whole step, and the precision of products."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ._shadows import captured
+from .adam import Adam
 from .clicks import Clicks
 
 GRAPH_WARM_UP = 3  # eager steps before a CUDA graph is captured
@@ -34,21 +36,17 @@ class GraphedStep:
     optimizer  the one that step calls
     """
 
-    def __init__(
-        self, step: Callable[[Clicks, Tensor], None], clicks: Clicks, optimizer: ItemMajorAdam
-    ):
+    def __init__(self, step: Callable[[Clicks, Tensor], None], clicks: Clicks, optimizer: Adam):
         device = clicks.device
         # row ids in memory of its own
         self.clicks = clicks.rows(torch.arange(len(clicks), device=device))
         self.beta = torch.zeros((), device=device)
+        self.optimizer = optimizer
         self.graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(device)
         try:
             # a stream of this device: torch's own choice stays on the GPU of the process's first capture
-            with (
-                optimizer.capturing(),
-                torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)),
-            ):
+            with captured(), torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)):
                 step(self.clicks, self.beta)
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
@@ -57,39 +55,8 @@ class GraphedStep:
         """Run the step on another batch of the same matrix and size."""
         self.clicks.row_ids.copy_(clicks.row_ids)  # type: ignore[union-attr, arg-type]
         self.beta.fill_(beta)
+        self.optimizer.refresh_shadows()  # the graph reads them
         self.graph.replay()
-
-
-class ItemMajorAdam:
-    """torch's fused Adam over contiguous views: it copies a weight stored item-major to and fro otherwise (35 ms)."""
-
-    def __init__(self, model: nn.Module, lr: float):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.views = [nn.Parameter(_row_major(p.detach())) for p in self.parameters]
-        self.adam = torch.optim.Adam(self.views, lr=lr, fused=True)
-
-    def step(self) -> None:
-        """Update the model's weights from its gradients, and drop the gradients."""
-        for p, view in zip(self.parameters, self.views, strict=True):
-            view.grad = None if p.grad is None else _row_major(p.grad)
-            p.grad = None
-        self.adam.step()
-        self.adam.zero_grad()
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """While a CUDA graph is captured; eager steps with capturable=True would warn, and a checkpoint would keep it."""
-        for group in self.adam.param_groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group in self.adam.param_groups:
-                group["capturable"] = False
-
-
-def _row_major(t: Tensor) -> Tensor:
-    return t.t() if t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous() else t
 
 
 @contextlib.contextmanager

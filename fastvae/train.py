@@ -34,6 +34,7 @@ from ._checks import (
     check_number,
     check_per_click,
 )
+from .adam import Adam, from_file, to_file
 from .clicks import Clicks, dtype_name
 from .evaluate import evaluate
 from .models import MultiDAE, MultiVAE
@@ -42,7 +43,6 @@ from .run_folder import METRIC, RunFolder, advice, interrupt_message
 from .step import (
     GRAPH_WARM_UP,
     GraphedStep,
-    ItemMajorAdam,
     backward_of_mean,
     get_rng,
     matmul_precision,
@@ -194,7 +194,8 @@ class _Trainer:
     ):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
-        self.optimizer = ItemMajorAdam(model, settings.lr)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = Adam(weights, settings.lr, shadow=settings.precision == "bf16")
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
         self.beta = 0.0  # of the latest update
@@ -283,6 +284,7 @@ class _Trainer:
                 raise self._not_finite(loss)  # before the weights are touched
         backward_of_mean(nll, kld, beta)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.sums += terms
 
     def _capture(self) -> None:
@@ -294,7 +296,7 @@ class _Trainer:
         except RuntimeError as error:
             # the capture ran nothing: gradients that it has left behind hold no numbers
             self.model.zero_grad()
-            self.optimizer.adam.zero_grad()
+            self.optimizer.zero_grad()
             reason = str(error).splitlines()[0]
             warnings.warn(
                 f"fit: the step could not be captured as a CUDA graph, eager steps go on ({reason})"
@@ -365,7 +367,7 @@ class _Trainer:
         if self.run is None:
             return
         self.run.write_last(
-            optimizer=self.optimizer.adam.state_dict(),
+            optimizer=to_file(self.optimizer.state_dict()),
             position=[self.epoch, self.batch, self.update],
             sums=self.sums,
             history=json.dumps(self.result.history),
@@ -390,10 +392,8 @@ class _Trainer:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.adam.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.adam.state.items():
-            if any(t.ndim > 0 and t.shape != p.shape for t in moments.values()):
-                raise ValueError("moments of other shapes than the weights")
+        weights = self.optimizer.param_groups[0]["params"]
+        self.optimizer.load_state_dict(from_file(state["optimizer"], weights))
         self.epoch, self.batch, self.update = map(int, state["position"])
         self.sums.copy_(state["sums"])
         self.rng = state["rng"]

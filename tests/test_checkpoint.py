@@ -414,7 +414,7 @@ def test_moments_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         resume(tmp_path)
     assert str(caught.value) == (
-        f"fit: {path} must hold the state of this run, got another file (moments of other shapes than the weights)"
+        f"fit: {path} must hold the state of this run, got another file (Adam: exp_avg must have its weight's shape [4], got [3, 3])"
     )
 
 

@@ -1,5 +1,6 @@
 """The training step: its gradients, its precision, and its replay as a CUDA graph."""
 
+import contextlib
 import math
 import sys
 
@@ -8,19 +9,21 @@ import torch
 from helpers import random_clicks
 from training import N_ITEMS, assert_equal_weights, model, weights
 
-from fastvae import MultiDAE, MultiVAE, fit
-from fastvae.step import ItemMajorAdam, backward_of_mean
+import fastvae.adam
+from fastvae import Adam, MultiDAE, MultiVAE, fit
+from fastvae._shadows import shadow_of
+from fastvae.step import GraphedStep, backward_of_mean
 
 
 def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
     train, seen = random_clicks([3, 5] * 5, N_ITEMS), []
-    step = ItemMajorAdam.step
+    step = Adam.step
 
     def record(self):
-        seen.append(self.parameters[-1].grad.clone())
+        seen.append(self.param_groups[0]["params"][-1].grad.clone())
         step(self)
 
-    monkeypatch.setattr(ItemMajorAdam, "step", record)
+    monkeypatch.setattr(Adam, "step", record)
     net = MultiDAE([4, N_ITEMS], dropout_enc=[0.0])
     loss = net.loss(train)
     loss.backward()
@@ -105,7 +108,7 @@ def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs_on_a_cpu,
     train = random_clicks([5] * 95, N_ITEMS)
 
     def fail(step, clicks, optimizer):
-        for p in optimizer.parameters:
+        for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.full_like(p, math.nan)  # memory that no kernel has filled
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -119,3 +122,30 @@ def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs_on_a_cpu,
     monkeypatch.undo()
     fit(eager, train, epochs=2, batch_size=10)
     assert_equal_weights(weights(eager), weights(failed))
+
+
+def test_a_replay_reads_no_shadow_of_weights_that_were_loaded_since(monkeypatch):
+    net, seen = MultiDAE([4, N_ITEMS]), []
+    clicks = random_clicks([5] * 3, N_ITEMS).rows([2, 0, 1])
+    optimizer = Adam(net.parameters(), shadow=True)
+    monkeypatch.setattr(fastvae.adam, "uses_kernels", lambda t: True)
+    weight = net.decode.output.weight
+
+    class Graph:
+        def replay(self):
+            seen.append(shadow_of(weight)[:N_ITEMS].float())
+
+    fakes = {"CUDAGraph": Graph, "graph": lambda _, stream: contextlib.nullcontext()}
+    fakes |= dict.fromkeys(("Stream", "current_stream", "set_stream"), lambda _: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(clicks, beta):
+        net.loss(clicks, beta).backward()
+        optimizer.step()
+
+    graphed = GraphedStep(step, clicks, optimizer)
+    net.load_state_dict({k: torch.full_like(v, 3.0) for k, v in net.state_dict().items()})
+    assert shadow_of(weight) is None
+    graphed.replay(clicks, 0.1)
+    assert torch.equal(seen[0], torch.full_like(weight, 3.0))

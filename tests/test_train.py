@@ -12,9 +12,8 @@ import torch
 from helpers import random_clicks, run_child
 from training import N_ITEMS, assert_equal_weights, forced_metrics, learnable, model, weights
 
-from fastvae import Clicks, MultiDAE, MultiVAE, evaluate, fit, reference
+from fastvae import Adam, Clicks, MultiDAE, MultiVAE, evaluate, fit, reference
 from fastvae.checkpoint import load_model
-from fastvae.step import ItemMajorAdam
 from fastvae.train import beta_at, epoch_order
 
 
@@ -245,16 +244,16 @@ def test_fit_is_the_dense_loop_on_the_same_draws_from_a_model_in_eval_mode(per_c
 
 def test_an_interrupt_never_saves_weights_that_are_not_finite(tmp_path, monkeypatch):
     train, _ = learnable()
-    run, step = tmp_path / "run", ItemMajorAdam.step
+    run, step = tmp_path / "run", Adam.step
     fit(model(), train, epochs=1, batch_size=20, run_dir=run)
     before = (run / "last.pt").read_bytes()
 
     def spoil(self):
         step(self)
-        self.views[-1].data[0] = math.inf
+        self.param_groups[0]["params"][-1].data[0] = math.inf
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(ItemMajorAdam, "step", spoil)
+    monkeypatch.setattr(Adam, "step", spoil)
     with pytest.raises(RuntimeError, match="weights must be finite"):
         fit(model(), train, epochs=2, batch_size=20, run_dir=run, resume=True)
     assert (run / "last.pt").read_bytes() == before

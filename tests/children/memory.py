@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from fastvae import MultiVAE
-from fastvae.step import ItemMajorAdam
+from fastvae import Adam, MultiVAE
 from fastvae.synthetic import synthetic_clicks
 
 
@@ -16,9 +15,10 @@ n_items = int(sys.argv[1])
 batch = synthetic_clicks(1024, n_items, 1024 * 40)
 before = mib("VmRSS:")
 model = MultiVAE([200, 600, n_items])
-adam = ItemMajorAdam(model, 1e-3)
+adam = Adam(model.parameters(), 1e-3)
 for _ in range(2):
     model.loss(batch, 0.1).backward()
     adam.step()
+    adam.zero_grad()
 weights = sum(p.numel() * 4 for p in model.parameters()) / 2**20
 print(mib("VmHWM:") - before - 4 * weights)
