@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench import rivals
 from bench.provider import BETA, WARM_UP, NotTimed, Provider
 from fastvae import Adam, Clicks, MultiVAE, reference
-from fastvae.ops.linear_multinomial_nll import ITEMS_PER_GEMM
+from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GEMM
 from fastvae.step import GraphedStep
 from fastvae.synthetic import synthetic_clicks
 
