@@ -250,39 +250,54 @@ class Gradients:
         self.dhidden = None
         if needs[0]:
             self.dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        self.wide: Tensor | None = None
+        n_users, n_hidden = hidden.shape
+        self.columns = _columns(n_users, n_hidden, weight.dtype, needs[1], needs[2])
+        self.products: list[Tensor | None] = [None] * len(self.columns)
 
     def add(self, part: slice, d: Tensor, v: Tensor, dnll: Tensor) -> None:
         """Take a range of the users along; d and v from exp_rows, dnll [n_users of the range] of any float and stride."""
-        hidden = self.hidden[part]
-        n_hidden = hidden.shape[1]
-        scaled, factor = _scale_hidden(hidden, v, dnll, d.dtype, self.needs[2])
+        scaled, factor = _scale_hidden(self.hidden[part], v, dnll, d.dtype, self.needs[2])
         if self.dhidden is not None:
             first, *others = pieces(self.n_items, len(self.weight))
             product = mm(d[:, first], self.weight[first].to(d.dtype))
             for piece in others:
                 product += mm(d[:, piece], self.weight[piece].to(d.dtype))
             torch.mul(product, factor[:, None], out=self.dhidden[part])
-        if self.needs[1] or self.needs[2]:
-            # without a gradient of weight only the columns of the bias
-            product = mm(d.t(), scaled if self.needs[1] else scaled[:, n_hidden:])
-            self.wide = product if self.wide is None else self.wide.add_(product)
+        for n, columns in enumerate(self.columns):
+            product, total = mm(d.t(), scaled[:, columns]), self.products[n]
+            self.products[n] = product if total is None else total.add_(product)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dhidden in hidden's dtype, dweight in weight_dtype (see new_dweight), dbias in fp32."""
         dweight = dbias = None
-        if self.wide is not None:
-            wide, n_hidden = self.wide[: self.n_items], self.hidden.shape[1]
-            if self.needs[1]:
-                dweight = wide[:, :n_hidden].to(self.weight_dtype)
-            if self.needs[2]:
-                high, low = wide[:, n_hidden if self.needs[1] else 0 :][:, :2].unbind(1)
-                dbias = high + low
+        n_hidden = self.hidden.shape[1]
+        if self.needs[1]:
+            dweight = self.products[0][: self.n_items, :n_hidden].to(self.weight_dtype)  # type: ignore[index]
+        if self.needs[2]:
+            first = n_hidden - self.columns[-1].start
+            halves = self.products[-1][: self.n_items, first : first + 2]  # type: ignore[index]
+            dbias = halves[:, 0] + halves[:, 1]
         return self.dhidden, dweight, dbias
 
     @staticmethod
-    def new_dweight(weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype) -> Tensor:
-        """An empty dweight with its strides: fp32 rows lie as far apart as the product left them, no copy is made."""
-        n_hidden = weight.shape[1]
-        width = _scaled_width(n_hidden, need_bias) if dtype == torch.float32 else n_hidden
+    def new_dweight(
+        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype
+    ) -> Tensor:
+        """An empty dweight with its strides: fp32 rows lie as far apart as the product left them."""
+        n_users, n_hidden = hidden.shape
+        columns = _columns(n_users, n_hidden, weight.dtype, True, need_bias)[0]
+        width = columns.stop if dtype == torch.float32 else n_hidden
         return weight.new_empty((n_items, width), dtype=dtype)[:, :n_hidden]
+
+
+def _columns(
+    n_users: int, n_hidden: int, dtype: torch.dtype, need_weight: bool, need_bias: bool
+) -> list[slice]:
+    """Columns of the scaled hidden units for one product each with D^T: the weight's gradient, and the bias'."""
+    width = _scaled_width(n_hidden, need_bias)
+    if not need_weight:
+        return [slice(n_hidden, width)] if need_bias else []
+    # in one product the bias is free, but the weight's rows come to lie apart, and whoever wants them side by side, as
+    # torch does for .grad, reads and writes them once more: 8 n_hidden bytes an item. Another product reads D again
+    one = not need_bias or n_users * stored_dtype(dtype).itemsize >= 8 * n_hidden
+    return [slice(0, width)] if one else [slice(0, n_hidden), slice(n_hidden, width)]

@@ -179,7 +179,7 @@ def test_opcheck():
         torch.randn(2, 8, device="cuda", requires_grad=True),
     )
     torch.library.opcheck(
-        _SPARSE_LINEAR.registered, (*csr, weight, None, seed, 0.5, True, True, False)
+        _SPARSE_LINEAR.registered, (*csr, weight, None, None, seed, 0.5, True, True, False)
     )
     torch.library.opcheck(
         _MULTINOMIAL_NLL.registered, (torch.randn(2, 12, device="cuda", requires_grad=True), *csr)
@@ -187,7 +187,8 @@ def test_opcheck():
     last = torch.randn(12, 8, device="cuda", requires_grad=True)
     for compute in (torch.float32, torch.bfloat16):
         torch.library.opcheck(
-            _LINEAR_MULTINOMIAL_NLL.registered, (hidden, last, None, *csr, compute, True, 2**32)
+            _LINEAR_MULTINOMIAL_NLL.registered,
+            (hidden, last, None, None, *csr, compute, True, 2**32),
         )
 
 

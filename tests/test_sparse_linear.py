@@ -112,7 +112,7 @@ def test_opcheck(counts, bias, dropout):
     weight.requires_grad_()
     view = clicks.rows([2, 0])
     seed = torch.tensor([1]) if dropout else None
-    arguments = (view.indptr, view.indices, view.values, view.row_ids, weight, b, seed)
+    arguments = (view.indptr, view.indices, view.values, view.row_ids, weight, b, None, seed)
     torch.library.opcheck(_SPARSE_LINEAR.registered, (*arguments, dropout, True, True, False))
 
 

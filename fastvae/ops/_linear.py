@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
+from .._shadows import shadow_of
 from ._checks import autocast_dtype
 from ._dispatch import is_watched, uses_kernels
 
@@ -54,15 +55,21 @@ def _has_global_hooks() -> bool:
     )
 
 
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in dtype: the optimiser's copy of it, where there is one."""
+    shadow = shadow_of(weight) if dtype == torch.bfloat16 else None
+    return weight.to(dtype) if shadow is None else shadow[: len(weight)]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, dtype, tanh: bool):
         ctx.dtype = h.dtype
-        h, weight = h.to(dtype), weight.to(dtype)
+        h, weight = h.to(dtype), _cast(weight, dtype)
         if bias is None:
             y = torch.mm(h, weight.t())
         else:
-            y = torch.addmm(bias.to(dtype), h, weight.t())
+            y = torch.addmm(_cast(bias, dtype), h, weight.t())
         y = y.tanh_() if tanh else y
         ctx.save_for_backward(h, weight, y if tanh else None)
         return y

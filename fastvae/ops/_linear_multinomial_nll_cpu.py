@@ -121,7 +121,9 @@ class Gradients:
         return self.dhidden, self.dweight, self.dbias
 
     @staticmethod
-    def new_dweight(weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype) -> Tensor:
+    def new_dweight(
+        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype
+    ) -> Tensor:
         """An empty dweight."""
         return weight.new_empty(weight.shape, dtype=dtype)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_clicks, check_integer
+from .._shadows import shadow_of
 from ..clicks import Clicks, Csr
 from . import _linear_multinomial_nll_cpu as cpu_way
 from ._checks import (
@@ -82,7 +83,11 @@ def linear_multinomial_nll(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
     compute = compute or hidden.dtype
-    nll = _LINEAR_MULTINOMIAL_NLL(hidden, weight, bias, *clicks.csr, compute, needs_grad, max_bytes)
+    # a copy that the optimiser has written already
+    cast = shadow_of(weight) if compute == torch.bfloat16 and uses_kernels(weight) else None
+    nll = _LINEAR_MULTINOMIAL_NLL(
+        hidden, weight, bias, cast, *clicks.csr, compute, needs_grad, max_bytes
+    )
     return reduce_users(op, nll, reduction, user_weights)
 
 
@@ -111,10 +116,13 @@ def _way(t: Tensor) -> _Way:
     return _kernels() if uses_kernels(t) else cpu_way
 
 
-def _forward(way: _Way, hidden, weight, bias, csr: Csr, compute, needs_grad: bool, max_bytes: int):
+def _forward(
+    way: _Way, hidden, weight, bias, cast, csr: Csr, compute, needs_grad: bool, max_bytes: int
+):
     compute = way.compute_dtype(compute)
     n_users, n_items = len(hidden), len(weight)
-    used, same = way.cast_weight(weight, compute), hidden.to(compute).contiguous()
+    used = way.cast_weight(weight, compute) if cast is None else cast
+    same = hidden.to(compute).contiguous()
     bias = None if bias is None else bias.contiguous()
     parts = _parts(n_users, _row_bytes(way, n_items, compute), max_bytes)
     stored = needs_grad and len(parts) == 1
@@ -128,7 +136,8 @@ def _forward(way: _Way, hidden, weight, bias, csr: Csr, compute, needs_grad: boo
             for part in parts
         ]
         nll, v = (torch.cat(values) for values in zip(*each, strict=True))
-    return nll, v, d, hidden.new_empty(0) if weight.dtype == compute else used
+    is_own = cast is None and weight.dtype != compute
+    return nll, v, d, used if is_own else hidden.new_empty(0)
 
 
 def _backward_products(
@@ -174,6 +183,7 @@ def _linear_multinomial_nll_cpu(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    cast: Tensor | None,
     indptr: Tensor,
     indices: Tensor,
     values: Tensor | None,
@@ -184,23 +194,24 @@ def _linear_multinomial_nll_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll [n_users]; for the backward v [n_users], D [n_users, stored width], and the weight as it was multiplied.
 
-    D has no rows where no gradient is needed or it would be over max_bytes; the weight is empty where nothing was cast.
+    cast is the weight in compute's dtype as cast_weight gives it, where somebody has it. D has no rows where no gradient
+    is needed or it would be over max_bytes; the weight is empty where nothing was cast here.
     """
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):
-        return _forward(cpu_way, hidden, weight, bias, csr, compute, needs_grad, max_bytes)
+        return _forward(cpu_way, hidden, weight, bias, cast, csr, compute, needs_grad, max_bytes)
 
 
 def _linear_multinomial_nll_cuda(
-    hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+    hidden, weight, bias, cast, indptr, indices, values, rows, compute, needs_grad, max_bytes
 ):
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):
-        return _forward(_kernels(), hidden, weight, bias, csr, compute, needs_grad, max_bytes)
+        return _forward(_kernels(), hidden, weight, bias, cast, csr, compute, needs_grad, max_bytes)
 
 
 def _linear_multinomial_nll_fake(
-    hidden, weight, bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+    hidden, weight, bias, cast, indptr, indices, values, rows, compute, needs_grad, max_bytes
 ):
     way = _way(hidden)
     compute = way.compute_dtype(compute)
@@ -211,8 +222,9 @@ def _linear_multinomial_nll_fake(
         (n_users if needs_grad and one_part else 0, width), dtype=way.stored_dtype(compute)
     )
     nll, v = (hidden.new_empty((n_users,), dtype=sum_dtype(compute)) for _ in range(2))
-    shape = (0,) if weight.dtype == compute else (width, weight.shape[1])
-    return nll, v, d, weight.new_empty(shape, dtype=hidden.dtype if len(shape) == 1 else compute)
+    if cast is not None or weight.dtype == compute:
+        return nll, v, d, hidden.new_empty(0)
+    return nll, v, d, weight.new_empty((width, weight.shape[1]), dtype=compute)
 
 
 def _gradients_cpu(
@@ -266,7 +278,9 @@ def _gradients_fake(
 ):  # fmt: skip
     dweight = dbias = None
     if need_weight:
-        dweight = _way(hidden).Gradients.new_dweight(weight, n_items, need_bias, weight_dtype)
+        dweight = _way(hidden).Gradients.new_dweight(
+            hidden, weight, n_items, need_bias, weight_dtype
+        )
     if need_bias:
         dbias = v.new_empty((n_items,))
     dhidden = hidden.new_empty(hidden.shape) if need_hidden else None
@@ -279,18 +293,18 @@ _GRADIENTS = Op(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, *csr, _, _, ctx.max_bytes = inputs
-    _, v, d, cast_weight = output
-    ctx.mark_non_differentiable(v, d, cast_weight)
+    hidden, weight, bias, cast, *csr, _, _, ctx.max_bytes = inputs
+    _, v, d, own_cast = output
+    ctx.mark_non_differentiable(v, d, own_cast)
     ctx.set_materialize_grads(False)
     ctx.weight_dtype, ctx.n_items = weight.dtype, len(weight)
-    used_weight = cast_weight if cast_weight.numel() > 0 else weight
+    used_weight = cast if cast is not None else own_cast if own_cast.numel() > 0 else weight
     ctx.save_for_backward(v, d, hidden, used_weight, bias, *csr)
 
 
 def _backward(ctx, dnll, *_):
     if dnll is None:
-        return (None,) * 10
+        return (None,) * 11
     v, d, hidden, weight, bias, *csr = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = _GRADIENTS(
@@ -300,7 +314,7 @@ def _backward(ctx, dnll, *_):
         dhidden if need[0] else None,
         dweight if need[1] else None,
         dbias.to(bias.dtype) if need[2] else None,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_clicks
+from .._shadows import shadow_of
 from ..clicks import Clicks, dtype_name
 from . import _buffers
 from ._checks import (
@@ -21,7 +22,7 @@ from ._checks import (
     check_tensor,
     sum_dtype,
 )
-from ._dispatch import Op, needing_triton
+from ._dispatch import Op, needing_triton, uses_kernels
 from ._dropout import dropout_keep
 from ._rows import Rows
 
@@ -65,9 +66,10 @@ def sparse_linear(
     Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sparse_linear.
     """
     _check(clicks, weight, bias, dropout, seed)
-    seed = seed if dropout > 0 else None
-    y = _SPARSE_LINEAR(*clicks.csr, weight, bias, seed, dropout, normalize, tanh, tanh_input)
-    dtype = autocast_dtype(weight.device)
+    seed, dtype = seed if dropout > 0 else None, autocast_dtype(weight.device)
+    # a copy that the optimiser has written already: half the bytes to gather
+    cast = shadow_of(weight) if dtype == torch.bfloat16 and uses_kernels(weight) else None
+    y = _SPARSE_LINEAR(*clicks.csr, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input)
     return y if dtype is None else y.to(dtype)
 
 
@@ -98,13 +100,17 @@ def _sparse_linear_cpu(
     rows: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    cast: Tensor | None,
     seed: Tensor | None,
     dropout: float,
     normalize: bool,
     tanh: bool,
     tanh_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y [n_users, n_hidden] and the row factor s [n_users] (fp32 at least)."""
+    """y [n_users, n_hidden] and the row factor s [n_users] (fp32 at least).
+
+    cast is the weight item by item, [>= n_items, n_hidden] in the dtype that y shall have, where a GPU has such a copy.
+    """
     batch = Rows((indptr, indices, values, rows), sum_dtype(weight.dtype))
     scale = batch.scale(dropout, normalize)
     item, coefficient, offsets, _ = batch.kept(scale, seed, dropout, tanh_input)
@@ -127,10 +133,10 @@ def _sparse_linear_cpu(
 
 
 def _sparse_linear_fake(
-    indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input
+    indptr, indices, values, rows, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input
 ):
     n_users = indptr.shape[0] - 1 if rows is None else rows.shape[0]
-    y = weight.new_empty((n_users, weight.shape[0]))
+    y = (weight if cast is None else cast).new_empty((n_users, weight.shape[0]))
     return y, weight.new_empty((n_users,), dtype=sum_dtype(weight.dtype))
 
 
@@ -213,13 +219,13 @@ def _dvalues_fake(
 
 
 def _sparse_linear_cuda(
-    indptr, indices, values, rows, weight, bias, seed, dropout, normalize, tanh, tanh_input
+    indptr, indices, values, rows, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input
 ):
     with needing_triton("sparse_linear"):
         from ..kernels.sparse_linear import sparse_linear_fwd
     return sparse_linear_fwd(
         (indptr, indices, values, rows),
-        weight.t().contiguous(),
+        weight.t().contiguous() if cast is None else cast,
         None if bias is None else bias.contiguous(),
         seed,
         dropout=dropout,
@@ -268,7 +274,7 @@ _DVALUES = Op("sparse_linear_dvalues", _dvalues_cpu, _dvalues_cuda, _dvalues_fak
 
 
 def _setup_context(ctx, inputs, output):
-    indptr, indices, values, rows, weight, _, seed, *ctx.settings = inputs
+    indptr, indices, values, rows, weight, _, _, seed, *ctx.settings = inputs
     y, scale = output
     ctx.mark_non_differentiable(scale)
     ctx.set_materialize_grads(False)
@@ -279,11 +285,12 @@ def _backward(ctx, dy, *_):
     indptr, indices, values, rows, weight, seed, y, scale = ctx.saved_tensors
     dropout, normalize, tanh, tanh_input = ctx.settings
     if dy is None:
-        return (None,) * 11
+        return (None,) * 12
     _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    total = sum_dtype(y.dtype)
-    dy, y = dy.to(total), y.to(total)
-    dpre = (dy * (1 - y.square()) if tanh else dy).contiguous()
+    # the kernels take any dtype, and widen what they read
+    total = y.dtype if uses_kernels(y) else sum_dtype(y.dtype)
+    dpre = dy.to(total)
+    dpre = (torch.ops.aten.tanh_backward(dpre, y.to(total)) if tanh else dpre).contiguous()
     dweight = dbias = dvalues = None
     if need_weight:
         n_items = weight.shape[1]
@@ -292,12 +299,12 @@ def _backward(ctx, dy, *_):
         )
         dweight = dweight.t().to(weight.dtype)
     if need_bias:
-        dbias = dpre.sum(0).to(weight.dtype)
+        dbias = dpre.sum(0, dtype=sum_dtype(y.dtype)).to(weight.dtype)
     if need_values:
         dvalues = _DVALUES(
             dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
         )  # fmt: skip
-    return None, None, dvalues, None, dweight, dbias, None, None, None, None, None
+    return None, None, dvalues, None, dweight, dbias, *(None,) * 6
 
 
 _SPARSE_LINEAR = Op(
