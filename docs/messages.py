@@ -39,6 +39,7 @@ CAUSES = {
     "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",
     "events.py": "Events of a click log",
+    "event_ids.py": "Columns of a file without a header",
     "event_table.py": "Files of click logs",
     "movielens.py": "MovieLens-100K",
     "data.py": "Splits",

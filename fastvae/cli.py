@@ -72,6 +72,7 @@ def prepare(
     # before minutes of work
     check_writable(folder)
     log = read_events(events, **asdict(log_options), counts=counts)
+    console.note_doubts(log)
     dataset = split_dataset(
         log,
         _heldout(heldout),
@@ -228,6 +229,7 @@ def _histories(path: Path, log_options: LogOptions, users: str | None) -> Events
             f"recommend: users must not be given with a click log, got {users}; it is for dataset folders"
         )
     log = read_events(path, **asdict(log_options))
+    console.note_doubts(log)
     console.note_dropped(log)
     return log
 

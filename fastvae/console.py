@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -40,23 +42,67 @@ def note_dropped(log: Events) -> None:
         note(f"of {log.info['n_events']:,} events, dropped {'; '.join(dropped)}")
 
 
+def note_doubts(log: Events) -> None:
+    """Say what was read in one way and may have been meant in another."""
+    source = log.info["source"]
+    columns = source.get("columns", {})
+    if columns and not source["header"]:
+        users, items = (
+            f"the {role}s are column {columns[role]} ({len(ids):,} ids, such as {_shown(ids)})"
+            for role, ids in (("user", log.users), ("item", log.items))
+        )
+        note(
+            f"{source['file']} has no header: {users}, {items}; --user and --item name other columns"
+        )
+    for label in source.get("labels_of_0", ()):
+        note(
+            f"column {label['column']!r} says no for {label['events']:,} of {log.info['n_events']:,} events, which "
+            f"were read as clicks all the same; --rating {label['column']} --min-rating 1 leaves them out"
+        )
+    for doubt in source.get("perhaps_no_ids", ()):
+        share = doubt["events"] / log.info["n_events"]
+        note(
+            f"{doubt['role']} {doubt['id'][:40]!r} has {doubt['events']:,} events, {share:.1%} of all; "
+            "where this stands for no id, remove those lines"
+        )
+    if source.get("quoted_ids"):
+        note(
+            f"{source['quoted_ids']:,} ids keep the quotes around them, which are part of an id where the columns "
+            "are separated by tabs or ::, and single quotes everywhere"
+        )
+    _note_line_ends(source)
+    if source.get("kept_without_a_number"):
+        note(
+            f"{source['kept_without_a_number']:,} events have a rating that is not a number and were kept as clicks; "
+            "with --min-rating they would be dropped"
+        )
+
+
+def _note_line_ends(source: dict[str, Any]) -> None:
+    joined, in_ids = (
+        source.get(name, 0) for name in ("lines_joined_by_quotes", "line_ends_in_ids")
+    )
+    if in_ids:
+        note(
+            f"{in_ids:,} line ends lie inside double quotes and were read as part of an id; look for a stray quote"
+        )
+    if joined > in_ids:
+        note(
+            f"{joined - in_ids:,} line ends lie inside double quotes of other columns than user and item; where "
+            "those hold no texts of several lines, look for a stray quote"
+        )
+
+
+def _shown(ids: Any) -> str:
+    return repr(ids[0][:40]) if len(ids) else "none"
+
+
 def show_dataset(dataset: Dataset) -> None:
     """Print what became of every event."""
-    joined = dataset.info["source"].get("lines_joined_by_quotes", 0)
-    if joined:
-        note(
-            f"{joined:,} line ends lie inside double quotes and were read as part of an id; look for a stray quote"
-        )
     table = Table("events", "number", box=None)
     table.columns[1].justify = "right"
     for text, n in dataset.report():
         table.add_row(Text(text), f"{n:,}")
-    odd = dataset.info["source"].get("kept_without_a_number", 0)
-    if odd:
-        note(
-            f"{odd:,} events have a rating that is not a number and were kept as clicks; "
-            "with --min-rating they would be dropped"
-        )
     out.print(table)
     sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
     users = "{:,} train, {:,} validation, {:,} test".format(*sizes)

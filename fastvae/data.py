@@ -350,11 +350,16 @@ def map_items(
 
 def _ids(name: str, ids: Iterable | None, n: int | None) -> np.ndarray:
     """External ids as an object array of str: fixed-width unicode would give every id the length of the longest."""
-    texts = list(range(n or 0)) if ids is None else list(ids)
-    for text in texts:
+    given: list[Any] = list(range(n or 0)) if ids is None else list(ids)
+    for text in given:
         if not isinstance(text, str | Integral):
             raise TypeError(f"prepare: {name} must hold str or int ids, got {type(text).__name__}")
-    texts = [str(text) for text in texts]
+    texts = [str(text) for text in given]
+    empty = next((k for k, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise ValueError(
+            f"prepare: {name} must hold ids that are not empty, got {texts[empty]!r} at position {empty}"
+        )
     if n is not None and len(texts) != n:
         raise ValueError(f"prepare: {name} must hold {n} ids, got {len(texts)}")
     if len(set(texts)) != len(texts):

@@ -27,6 +27,7 @@ def run_demo(events: Path | None, folder: Path) -> None:
     """Everything that fastvae does, in one go; the dataset and the run go to folder."""
     started = time.perf_counter()
     log, titles, name = _log(events)
+    console.note_doubts(log)
     n_heldout = max(1, min(150, log.x.n_users // 6))
     dataset = split_dataset(log, n_heldout, seed=1)
     dataset.save(folder / "dataset")

@@ -26,6 +26,8 @@ _GUESSES = {
     "item": "item itemid iid movieid productid parentasin asin bookid isbn songid trackid artistid albumid "
     "animeid gameid newsid articleid videoid businessid locationid venueid courseid sku sid i",
     "rating": "rating ratings score stars overall bookrating reviewscore playcount plays",
+    "label": "label isclick isclicked click clicked islike isliked like liked target isbuy isbought bought ispurchase "
+    "purchased iswatched watched isconversion converted conversion isrelevant relevant",
     "title": "title movietitle itemtitle name itemname trackname",
 }
 _SEPARATORS = ("\t", "::", ",", ";", "|")
@@ -35,6 +37,36 @@ _TYPE_SUFFIX = re.compile(r":(token|float)(_seq)?$")
 _UNUSED = "\x1f"
 # bytes of a first line; longer is no table of events
 _MAX_LINE = 2**16
+
+
+# first bytes of what is no table of ours -> what it is, and what to do
+_OTHER_FORMATS = (
+    (rb"PK\x03\x04", "a zip archive or an Excel sheet", "unpack or export it"),
+    (
+        rb"BZh[1-9]1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!\x1a",
+        "a packed file other than gzip",
+        "unpack it",
+    ),
+    (rb"SQLite format 3\0", "a SQLite database", "export the table"),
+    (
+        rb"ARROW1\0|Obj\x01|\x89HDF|\x93NUMPY|MATLAB 5",
+        "another binary format",
+        "convert it to Parquet",
+    ),
+    (rb"(\xef\xbb\xbf)?\s*(\{\s*[\"'}]|\[\s*[\[{\"0-9])", "JSON", "convert it to CSV or Parquet"),
+    (rb"(\xef\xbb\xbf)?\s*<", "HTML or XML", "download or convert the data"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the data itself"),
+    (
+        rb"%%MatrixMarket",
+        "a MatrixMarket matrix",
+        "read it by scipy.io.mmread for Dataset.from_matrix",
+    ),
+    (
+        rb"[0-9]+:\r?\n",
+        "an item alone on the first line, as in the Netflix Prize",
+        "write the item on each of its lines",
+    ),
+)
 
 
 @dataclass
@@ -56,7 +88,12 @@ class Table:
 
     def shows(self, role: str) -> bool:
         """Whether a header names a column that looks like the role."""
-        return self.header and any(_plain(name) in _GUESSES[role].split() for name in self.names)
+        return bool(self.all_of(role))
+
+    def all_of(self, role: str) -> list[int]:
+        """Positions of all columns that a header gives a name that looks like the role."""
+        names = enumerate(map(_plain, self.names)) if self.header else ()
+        return [k for k, name in names if name in _GUESSES[role].split()]
 
     def find(self, role: str, wanted: str | None) -> int:
         """Position of the column that is called wanted, or that looks like the role."""
@@ -89,24 +126,51 @@ class Table:
             dtypes = frame.collect_schema()
             names = {role: self.names[k] for role, k in columns.items()}
             return frame.select(
-                **{role: _text(pl, name, dtypes[name]) for role, name in names.items()}
+                **{role: _text(pl, frame, name, dtypes[name]) for role, name in names.items()}
             )
-        frame = pl.scan_csv(
-            self.path,
-            has_header=False,
-            separator=_UNUSED if self.separator == "::" else self.separator,
-            quote_char='"' if self.quotes else None,
-            infer_schema=False,
-            glob=False,
-        )
         if self.separator == "::":
-            frame = self._split(pl, frame)
+            frame = self._split(pl, self._lines(pl))
+        else:
+            frame = pl.scan_csv(
+                self.path,
+                has_header=False,
+                separator=self.separator,
+                quote_char='"' if self.quotes else None,
+                infer_schema=False,
+                glob=False,
+            )
+        if not self.header:
+            self._check_even(pl)
         names = frame.collect_schema().names()
         if len(names) != len(self.names):
             raise OSError(f"a first line of {len(names)} fields with a quote that spans lines")
         return frame.slice(int(self.header)).select(
             **{role: names[k] for role, k in columns.items()}
         )
+
+    def _lines(self, pl: Any) -> Any:
+        """A polars LazyFrame of one column: whole lines."""
+        return pl.scan_csv(
+            self.path,
+            has_header=False,
+            separator=_UNUSED,
+            quote_char=None,
+            infer_schema=False,
+            glob=False,
+        )
+
+    def _check_even(self, pl: Any) -> None:
+        """OSError where lines have fewer fields than the first: a list of items by user, say, of which two were read.
+
+        Only without a header: with one, a last field may be left out.
+        """
+        lines = self._lines(pl)
+        line = pl.col(lines.collect_schema().names()[0])
+        n_separators = line.str.count_matches(self.separator, literal=True)
+        is_short = (n_separators < len(self.names) - 1) & (line.str.strip_chars() != "")
+        n_short = lines.select(is_short.sum()).collect(engine="streaming").item()
+        if n_short:
+            raise OSError(f"fewer fields on {n_short:,} lines")
 
     def _split(self, pl: Any, lines: Any) -> Any:
         """Columns of whole lines; polars splits at single bytes only."""
@@ -129,10 +193,15 @@ class Table:
             raise _unreadable(self.path, error) from error
 
 
-def _text(pl: Any, name: str, dtype: Any) -> Any:
+def _text(pl: Any, frame: Any, name: str, dtype: Any) -> Any:
+    """The column as the text that a person would write: 7 for 7, 7.0 and 7.00."""
     column = pl.col(name)
     if dtype.is_nested():
         raise OSError(f"{name!r} of lists or structures, which are no ids")
+    if dtype == pl.Binary:
+        return _text_of_bytes(pl, frame, name)
+    if dtype.is_decimal():
+        return column.cast(pl.String).str.replace(r"\.0*$|(\.\d*?[1-9])0+$", "${1}")
     if not dtype.is_float():
         return column.cast(pl.String)
     # integers with a missing value are floats in pandas: whole numbers lose their ".0"
@@ -140,6 +209,19 @@ def _text(pl: Any, name: str, dtype: Any) -> Any:
     whole = ((column == column.floor()) & (column.abs() < 2**53)).all()
     integers = column.cast(pl.Int64, strict=False).cast(pl.String)
     return pl.when(whole).then(integers).otherwise(column.cast(pl.String))
+
+
+def _text_of_bytes(pl: Any, frame: Any, name: str) -> Any:
+    """Text where the bytes are some, else UUIDs where there are sixteen each: polars does not say which was meant."""
+    column = pl.col(name)
+    try:
+        frame.select(column.cast(pl.String).count()).collect()
+    except pl.exceptions.PolarsError:
+        if not frame.select((column.bin.size() == 16).all()).collect().item():
+            raise OSError(f"{name!r} of bytes that are neither text nor UUIDs") from None
+        groups = r"^(.{8})(.{4})(.{4})(.{4})(.{12})$"
+        return column.bin.encode("hex").str.replace(groups, "${1}-${2}-${3}-${4}-${5}")
+    return column.cast(pl.String)
 
 
 def open_table(
@@ -161,7 +243,9 @@ def open_table(
             magic = file.read(4)
         if magic == b"PAR1":
             return Table(path, pl.scan_parquet(path, glob=False).collect_schema().names())
-        line, n_quotes, n_lines = _survey(path, magic.startswith(b"\x1f\x8b"))
+        is_gzipped = magic.startswith(b"\x1f\x8b")
+        _check_format(path, is_gzipped)
+        line, n_quotes, n_lines = _survey(path, is_gzipped)
         separator = _separator(line, separator)
         names = _fields(line, separator)
     except _read_errors(pl) as error:
@@ -180,6 +264,16 @@ def open_table(
         table.header, table.names = False, [str(k + 1) for k in range(len(names))]
     table.n_lines = n_lines - table.header
     return table
+
+
+def _check_format(path: Path, gzipped: bool) -> None:
+    with gzip.open(path) if gzipped else open(path, "rb") as file:
+        first = file.read(200)
+    for pattern, kind, advice in _OTHER_FORMATS:
+        if re.match(pattern, first):
+            raise ValueError(
+                f"events: file must be CSV, TSV, .inter or Parquet, got {kind} in {path.name}; {advice}"
+            )
 
 
 def _survey(path: Path, gzipped: bool) -> tuple[str, int, int]:
@@ -229,13 +323,12 @@ def _has_header(table: Table, wanted: tuple[str | None, ...]) -> bool:
         return True
     if any(re.fullmatch(r"\s*-?[0-9]+(\.[0-9]*)?\s*", name) for name in table.names):
         return False
+    is_comment = table.names[0].lstrip().startswith(("#", "%", "//", "@"))
+    is_table = len(table.names) > 1 and all(table.names) and not is_comment
+    advice = "name its user and item columns, or say that it has no header"
     raise ValueError(
         f"events: file must start with a line of column names, got {listed(table.names)} in {table.path.name}; "
-        + (
-            "name its user and item columns, or say that it has no header"
-            if len(table.names) > 1 and all(table.names)
-            else "remove what stands above them"
-        )
+        + (advice if is_table else "remove what stands above them")
     )
 
 
@@ -252,6 +345,11 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
     if isinstance(error, UnicodeError) or re.search("utf-?8", text):
         return ValueError(
             f"events: file must be UTF-8 text or Parquet, got other bytes in {path.name}; convert the file first"
+        )
+    if "fewer fields" in text:
+        return ValueError(
+            f"events: file must have as many fields on each line as on the first where it has no header, got {text} "
+            f"in {path.name}; write a line for each user and item"
         )
     if "more fields" in text:
         return ValueError(

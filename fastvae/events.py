@@ -13,7 +13,8 @@ import numpy as np
 
 from ._checks import check_number
 from .clicks import Clicks
-from .event_table import import_polars, open_table
+from .event_ids import check_guessed, n_quoted, no_ids, suspects
+from .event_table import Table, import_polars, open_table
 
 # why an event is not in the dataset, in the order of the questions: the first yes counts
 DROPPED = {
@@ -29,6 +30,7 @@ DROPPED = {
     "vad_unknown_items": "a validation user's item that no train user has",
     "test_unknown_items": "a test user's item that no train user has",
 }
+_ROLES = ("user", "item")
 
 
 @dataclass(eq=False)
@@ -65,15 +67,20 @@ def read_events(
     min_rating  keep ratings >= min_rating; a missing or unparsable rating then drops the event. Without it every
         event is a click, also one rated -1, save where a rating column is there and says 0: a stored zero in a
         matrix is no click.
-        info["source"]["kept_without_a_number"] counts those whose rating is a text such as "4,5".
+        true and false are 1 and 0. A rating such as "4,5" is no number.
     separator   default: the one that splits the first line most (tab, ``::``, comma, semicolon, bar), else space.
         In files separated by tab or ``::`` double quotes are ordinary characters.
     header      default: yes where the first line has a known column name, no where it has a number
     counts      keep how often a pair comes as its value; by default a pair counts one
 
-    Ids stay the text that is written ("007" is not "7"); integers of a Parquet file become their decimal text.
-    The order of the rows does not matter. Raises: ValueError for a file that is no such log; ImportError without
-    polars.
+    Ids stay the text that is written ("007" is not "7"); numbers of a Parquet file become their shortest text. NA,
+    NULL, None, nan and the like are no ids where all others of the column have digits. The order of the rows does
+    not matter.
+
+    info["source"] holds what may have been meant otherwise: perhaps_no_ids, labels_of_0 (columns such as is_click
+    that were not asked for), quoted_ids, line_ends_in_ids, kept_without_a_number. The command says these aloud.
+    Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
+    in a column that was taken for ids by its place; ImportError without polars.
     """
     pl = import_polars()
     if min_rating is not None:
@@ -91,21 +98,30 @@ def read_events(
         raise ValueError(
             f"events: file must hold at least one event, got none in {table.path.name}"
         )
+    frame, words = _drop_words(pl, frame)
+    kept = frame.filter(pl.col("why") == 0)
+    ids = {role: kept[role].unique().sort() for role in _ROLES}
+    for role, wanted in (("user", user), ("item", item)):
+        if wanted is None and not table.header:
+            check_guessed(role, ids[role], table, columns[role], len(kept))
     n_why = np.bincount(frame["why"].to_numpy(), minlength=len(DROPPED) + 1).tolist()
     source = {
         "file": table.path.name,
         "columns": {role: table.names[k] for role, k in columns.items()},
+        "header": table.header,
         "min_rating": min_rating,
         "counts": counts,
-        "lines_joined_by_quotes": max(table.n_lines - len(frame), 0),
-        "kept_without_a_number": int(frame["odd"].sum()),
+        **_line_ends(pl, table, frame),
+        "kept_without_a_number": int(kept["odd"].sum()),
+        "labels_of_0": _labels_of_0(pl, table, columns),
+        "quoted_ids": sum(n_quoted(ids[role]) for role in _ROLES),
     }
     info = {
         "n_events": len(frame),
         "dropped": dict(zip(DROPPED, n_why[1:], strict=True)),
         "source": source,
     }
-    return _encode(pl, frame.filter(pl.col("why") == 0).drop("why", "odd"), info, counts)
+    return _encode(pl, kept.select(_ROLES), ids, words, info, counts)
 
 
 def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
@@ -120,7 +136,9 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     why = why.when(missing("item")).then(code["missing_item"])
     odd = pl.lit(False)
     if "rating" in texts.collect_schema():
-        number = pl.col("rating").str.strip_chars().cast(pl.Float64, strict=False)
+        text = pl.col("rating").str.strip_chars()
+        truth = text.str.to_lowercase().replace({"true": "1", "false": "0"})
+        number = truth.cast(pl.Float64, strict=False)
         if min_rating is None:
             why = why.when(number == 0).then(code["zero_rating"])
             odd = ~missing("rating") & ~number.is_finite().fill_null(False)
@@ -132,17 +150,70 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     return texts.select("user", "item", why=why, odd=odd & (why == 0))
 
 
-def _encode(pl: Any, frame: Any, info: dict[str, Any], counts: bool) -> Events:
+def _drop_words(pl: Any, frame: Any) -> tuple[Any, dict[str, list[str]]]:
+    """The frame without the events of users and items called NA or the like, where all other ids have digits.
+
+    Returns the words of each role that stay too, since they may be names.
+    """
+    doubtful = {}
+    for role in ("item", "user"):
+        words, are_plain = no_ids(frame[role].unique().drop_nulls())
+        doubtful[role] = [] if are_plain else words
+        if words and are_plain:
+            code = 1 + list(DROPPED).index(f"missing_{role}")
+            is_earlier = pl.col("why").is_between(1, code)
+            found = pl.col(role).is_in(words) & ~is_earlier
+            why = pl.when(found).then(code).otherwise(pl.col("why")).cast(pl.UInt8)
+            frame = frame.with_columns(why=why)
+    return frame, doubtful
+
+
+def _line_ends(pl: Any, table: Table, frame: Any) -> dict[str, int]:
+    """Line ends inside double quotes: all, and those that are part of an id."""
+    n_joined = max(table.n_lines - len(frame), 0)
+    if not n_joined:
+        return {"lines_joined_by_quotes": 0, "line_ends_in_ids": 0}
+    counts = (pl.col(role).str.count_matches("\n", literal=True).sum() for role in _ROLES)
+    n_in_ids = sum(frame.select(a=next(counts), b=next(counts)).row(0))
+    return {"lines_joined_by_quotes": n_joined, "line_ends_in_ids": n_in_ids}
+
+
+def _labels_of_0(pl: Any, table: Table, columns: dict[str, int]) -> list[dict[str, Any]]:
+    """Columns such as is_click that were not asked for, and how many events they call no click."""
+    found = []
+    for k in set(table.all_of("label")) - set(columns.values()):
+        n = table.collect({"label": k}, lambda texts: _count_labels(pl, texts)).row(0, named=True)
+        if n["no"] and n["yes"] and n["no"] + n["yes"] == n["all"]:
+            found.append({"column": table.names[k], "events": n["no"]})
+    return sorted(found, key=lambda label: label["column"])
+
+
+def _count_labels(pl: Any, texts: Any) -> Any:
+    label = pl.col("label").str.strip_chars().str.to_lowercase()
+    yes, no = ("1", "1.0", "true", "yes", "y"), ("0", "0.0", "-1", "-1.0", "false", "no", "n")
+    return texts.select(yes=label.is_in(yes).sum(), no=label.is_in(no).sum(), all=label.count())
+
+
+def _encode(
+    pl: Any,
+    frame: Any,
+    known: dict[str, Any],
+    words: dict[str, list[str]],
+    info: dict[str, Any],
+    counts: bool,
+) -> Events:
     """Ids to their ranks, and pairs of ranks to Clicks."""
-    ids, codes = [], []
-    for role in ("user", "item"):
-        known = frame[role].unique().sort()
-        ids.append(np.array(known.to_list(), dtype=object))
-        codes.append(frame[role].cast(pl.Enum(known)).to_physical().to_numpy())
+    ids, codes = {}, {}
+    info["source"]["perhaps_no_ids"] = []
+    for role in _ROLES:
+        ids[role] = np.array(known[role].to_list(), dtype=object)
+        codes[role] = frame[role].cast(pl.Enum(known[role])).to_physical().to_numpy()
+        n_events = np.bincount(codes[role], minlength=len(ids[role]))
+        info["source"]["perhaps_no_ids"] += suspects(role, words[role], ids[role], n_events)
         frame = frame.drop(role)
-    n_users, n_items = len(ids[0]), len(ids[1])
+    n_users, n_items = len(ids["user"]), len(ids["item"])
     # one sort finds the repeats and leaves the order of CSR; np.unique takes 80 times as long
-    pairs = codes[0].astype(np.int64) * n_items + codes[1]
+    pairs = codes["user"].astype(np.int64) * n_items + codes["item"]
     del codes
     pairs.sort()
     first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])) if len(pairs) else pairs
@@ -150,7 +221,7 @@ def _encode(pl: Any, frame: Any, info: dict[str, Any], counts: bool) -> Events:
     info["dropped"]["duplicates"] = len(pairs) - len(first)
     users, items = np.divmod(pairs[first], max(n_items, 1))
     x = Clicks(indptr_of(users, n_users), items, values, n_items)
-    return Events(x, users=ids[0], items=ids[1], info=info)
+    return Events(x, users=ids["user"], items=ids["item"], info=info)
 
 
 def indptr_of(users: np.ndarray, n_users: int) -> np.ndarray:

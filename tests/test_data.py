@@ -207,6 +207,14 @@ BAD_SETTINGS = {
         "prepare: held_out_fraction must lie in (0, 1), got 1.0",
     ),
     "few_ids": ({"items": ["a"]}, "prepare: items must hold 6 ids, got 1"),
+    "empty_id": (
+        {"items": ["a", "b", "", "c", "d", "e"]},
+        "prepare: items must hold ids that are not empty, got '' at position 2",
+    ),
+    "blank_id": (
+        {"users": [*"abcdefghi", " "]},
+        "prepare: users must hold ids that are not empty, got ' ' at position 9",
+    ),
     "same_ids": ({"users": [1] * 10}, "prepare: users must hold distinct ids, got 9 repeated"),
 }
 
@@ -225,6 +233,7 @@ WRONG_TYPES = {
         "prepare: n_heldout must be a number of users or a fraction, got True",
     ),
     "half_a_seed": ({"seed": 0.5}, "prepare: seed must be a whole number, got 0.5"),
+    "no_id": ({"items": [*"abcde", None]}, "prepare: items must hold str or int ids, got NoneType"),
     "odd_ids": ({"items": [1.5] * 6}, "prepare: items must hold str or int ids, got float"),
 }
 

@@ -40,7 +40,7 @@ ON_DISK = settings(PROPERTY, max_examples=20)
     n_heldout=st.integers(0, 1),
 )
 def test_any_dataset_survives_the_disk(tmp_path, x, data, counts, n_heldout):
-    text = st.text(max_size=20)
+    text = st.text(min_size=1, max_size=20).filter(str.strip)
     ids = [
         data.draw(st.lists(text, min_size=n, max_size=n, unique=True), label=label)
         for n, label in zip(x.shape, ("users", "items"), strict=True)

@@ -1,7 +1,11 @@
 """fastvae.event_table: files of every kind are read as written, or refused in one sentence."""
 
+import bz2
 import gzip
+import lzma
 import sys
+import uuid
+from decimal import Decimal
 
 import pytest
 from data_helpers import PROPERTY, pairs_of, write
@@ -253,6 +257,137 @@ BAD_FILES = {
         "events: min_rating must be a finite number, got nan",
     ),
 }
+
+
+FORMAT = "events: file must be CSV, TSV, .inter or Parquet, got "
+FEWER = "events: file must have as many fields on each line as on the first where it has no header, got fewer fields on "
+OTHER_FORMATS = {
+    # a movie's number, then its lines of user, rating, date
+    "netflix.txt": (
+        "1:\n1488844,3,2005-09-06\n822109,5,2005-05-13\n2:\n",
+        FORMAT
+        + "an item alone on the first line, as in the Netflix Prize in netflix.txt; write the item on each of its lines",
+    ),
+    "lines.jsonl": (
+        '{"user": 1, "item": 2}\n',
+        FORMAT + "JSON in lines.jsonl; convert it to CSV or Parquet",
+    ),
+    "array.json": (
+        '\ufeff [{"user": 1, "item": 2}]',
+        FORMAT + "JSON in array.json; convert it to CSV or Parquet",
+    ),
+    # as the older Amazon reviews, which are python's dictionaries
+    "reviews.json": (
+        "{'reviewerID': 'A1', 'asin': '0'}\n",
+        FORMAT + "JSON in reviews.json; convert it to CSV or Parquet",
+    ),
+    "login.csv": (
+        "<!DOCTYPE html>\n<html>",
+        FORMAT + "HTML or XML in login.csv; download or convert the data",
+    ),
+    "sheet.xlsx": (
+        b"PK\x03\x04rest",
+        FORMAT + "a zip archive or an Excel sheet in sheet.xlsx; unpack or export it",
+    ),
+    "log.csv.bz2": (
+        bz2.compress(b"user,item\nu,a\n"),
+        FORMAT + "a packed file other than gzip in log.csv.bz2; unpack it",
+    ),
+    "log.csv.xz": (
+        lzma.compress(b"user,item\nu,a\n"),
+        FORMAT + "a packed file other than gzip in log.csv.xz; unpack it",
+    ),
+    "log.db": (b"SQLite format 3\0", FORMAT + "a SQLite database in log.db; export the table"),
+    "log.feather": (
+        b"ARROW1\0\0",
+        FORMAT + "another binary format in log.feather; convert it to Parquet",
+    ),
+    "pointer.csv": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
+        FORMAT + "a Git LFS pointer in pointer.csv; fetch the data itself",
+    ),
+    "matrix.mtx": (
+        "%%MatrixMarket matrix coordinate real general\n3 3 2\n1 1 5\n",
+        FORMAT
+        + "a MatrixMarket matrix in matrix.mtx; read it by scipy.io.mmread for Dataset.from_matrix",
+    ),
+    # a user and all items, as NGCF and LightGCN publish
+    "train.txt": (
+        "0 1 2 3\n1 4 5\n2 6\n",
+        FEWER + "2 lines in train.txt; write a line for each user and item",
+    ),
+    "trailing_spaces.txt": (
+        "0 1 2 3 \n1 4 5 \n\n",
+        FEWER + "1 lines in trailing_spaces.txt; write a line for each user and item",
+    ),
+    "commas.csv": (
+        "0,1,2,3\n1,4\n",
+        FEWER + "1 lines in commas.csv; write a line for each user and item",
+    ),
+    "colons.dat": (
+        "0::1::2\n1::4\n",
+        FEWER + "1 lines in colons.dat; write a line for each user and item",
+    ),
+    # a user and the number of lines that follow
+    "blocks.txt": (
+        "0|2\n137915\t90\n137916\t80\n",
+        FEWER + "2 lines in blocks.txt; write a line for each user and item",
+    ),
+    "comment.txt": (
+        "# FromNodeId\tToNodeId\n0\t1\n",
+        "events: file must start with a line of column names, got '# FromNodeId', 'ToNodeId' in comment.txt; "
+        "remove what stands above them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_a_file_of_another_format_is_called_by_its_name(tmp_path, name):
+    content, message = OTHER_FORMATS[name]
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError) as error:
+        read_events(path)
+    assert str(error.value) == message
+    if "must start with" not in message:
+        # who says that there is no header gets no other data
+        with pytest.raises(ValueError) as error:
+            read_events(path, header=False)
+        assert str(error.value) == message
+
+
+def test_a_last_field_may_be_left_out_where_there_is_a_header(tmp_path):
+    path = write(tmp_path, "log.csv", "user,item,rating\nu,a\nu,b,5\n")
+    assert pairs_of(read_events(path)) == [("u", "a"), ("u", "b")]
+    blank = write(tmp_path, "blank.csv", "1,2\n\n3,4\n \n")
+    assert pairs_of(read_events(blank)) == [("1", "2"), ("3", "4")]
+    quoted = write(tmp_path, "quoted.csv", '1,2,"a,b"\n3,4,c\n')
+    assert pairs_of(read_events(quoted)) == [("1", "2"), ("3", "4")]
+
+
+def test_parquet_decimals_and_uuids_are_written_as_people_write_them(tmp_path):
+    path = tmp_path / "events.parquet"
+    uuids = [uuid.UUID(int=k * 2**121 + 2**64 - k) for k in (61, 62, 63)]
+    numbers = [Decimal("7"), Decimal("700"), Decimal("7.50")]
+    frame = pl.DataFrame(
+        {
+            "user": [value.bytes for value in uuids],
+            "item": pl.Series(numbers).cast(pl.Decimal(38, 10)),
+            "whole": pl.Series([10, 20, 100]).cast(pl.Decimal(20, 0)),
+            "text": [b"a", "\u00fc".encode(), None],
+            "digest": [b"\xff" * 8] * 3,
+        }
+    )
+    frame.write_parquet(path)
+    assert pairs_of(read_events(path)) == sorted(
+        zip(map(str, uuids), ["7", "700", "7.5"], strict=True)
+    )
+    events = read_events(path, user="text", item="whole")
+    assert pairs_of(events) == [("a", "10"), ("\u00fc", "20")]
+    with pytest.raises(ValueError) as error:
+        read_events(path, user="digest")
+    assert str(error.value) == (
+        "events: file must be a well-formed table, got events.parquet: 'digest' of bytes that are neither text nor UUIDs"
+    )
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

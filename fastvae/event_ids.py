@@ -1,0 +1,90 @@
+"""Ids that are none: what a column holds where it was taken for users or items by mistake, and words for "no id".
+
+Columns of a file without a header are taken by their place, so their content has to look like ids at least.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .event_table import Table, import_polars
+
+# words that programs write where there is no id, in lower case
+_NO_ID = (
+    "na", "n/a", "#n/a", "<na>", "nan", "nat", "nil", "null", "(null)", "none", "undefined", "\\n",
+)  # fmt: skip
+_DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}"
+_CLOCK = r"\d{1,2}:\d{2}(:\d{2}.*)?"
+_DAY = r"(mon|tue|wed|thu|fri|sat|sun)[a-z]*,? .*\d.*"
+# kind -> what a text of it looks like
+_KINDS = {
+    "times": rf"^(?i)(({_DATE})([T ].*)?|{_CLOCK}|{_DAY})$",
+    "lists": r"^[\[({]?\s*[a-zA-Z]?\d+([\s,;|]+[a-zA-Z]?\d+)+\s*[\])}]?$",
+    "pairs of an id and a value": r"^\d+:-?\d+(\.\d+)?$",
+}
+_NUMBER = r"^-?\d+(\.\d*)?([eE][-+]?\d+)?$"
+_FRACTION = r"\.\d*[1-9]"
+# a user with so many of all events is worth a note, where there are at least that many users
+_LARGE_SHARE, _MANY_USERS = 0.1, 50
+
+
+def check_guessed(role: str, ids: Any, table: Table, column: int, n_events: int) -> None:
+    """ValueError where a column that nobody named holds times, fractions or lists.
+
+    ids  distinct texts of the column, a polars Series
+    """
+    kind = _kind(ids, n_events)
+    if kind is not None:
+        raise ValueError(
+            f"events: {role} must be a column of ids where {table.path.name} has no header, got {kind} such as "
+            f"{ids[0][:40]!r} in column {table.names[column]}; name the columns of user and item by their numbers"
+        )
+
+
+def _kind(ids: Any, n_events: int) -> str | None:
+    """What most of the ids are instead, or None."""
+    if not len(ids):
+        return None
+    for kind, pattern in _KINDS.items():
+        if ids.str.contains(pattern).mean() > 0.9:
+            return kind
+    if ids.str.contains(_NUMBER).all():
+        if ids.str.contains(_FRACTION).any():
+            return "fractions"
+        numbers = ids.cast(import_polars().Float64, strict=False)
+        seconds = numbers.is_between(4e8, 2.2e9) | numbers.is_between(4e11, 2.2e12)
+        # since 1970, from 1982 to 2039; hardly one comes twice
+        if seconds.all() and len(ids) > max(20, n_events / 2):
+            return "times"
+    return None
+
+
+def no_ids(ids: Any) -> tuple[list[str], bool]:
+    """Those of the ids that are words for "no id", and whether all others show that they are: they have digits.
+
+    ids  distinct texts of a column, a polars Series
+    """
+    ids = ids.filter(ids.str.strip_chars() != "")
+    is_word = ids.str.strip_chars().str.to_lowercase().is_in(_NO_ID)
+    others = ids.filter(~is_word)
+    return ids.filter(is_word).to_list(), bool(len(others) and others.str.contains(r"\d").all())
+
+
+def suspects(role: str, words: list[str], ids: Any, n_events_of: Any) -> list[dict[str, Any]]:
+    """Ids that may be none, with their events: words for "no id", and a user who has a large share of a log.
+
+    ids          object array of str, sorted
+    n_events_of  number of events of each id
+    """
+    place = dict(zip(ids, n_events_of, strict=True)) if words else {}
+    found = {word: int(place[word]) for word in words if word in place}
+    if role == "user" and len(ids) >= _MANY_USERS:
+        most = int(n_events_of.argmax())
+        if n_events_of[most] >= _LARGE_SHARE * n_events_of.sum():
+            found[str(ids[most])] = int(n_events_of[most])
+    return [{"role": role, "id": text, "events": n} for text, n in found.items()]
+
+
+def n_quoted(ids: Any) -> int:
+    """How many of the ids stand in quotes that belong to them."""
+    return int(ids.str.contains(r"""^(".*"|'.*')$""").sum())
