@@ -98,9 +98,7 @@ def read_events(
         raise ValueError(
             f"events: file must hold at least one event, got none in {table.path.name}"
         )
-    frame, words = _drop_words(pl, frame)
-    kept = frame.filter(pl.col("why") == 0)
-    ids = {role: kept[role].unique().sort() for role in _ROLES}
+    frame, kept, ids, words = _drop_words(pl, frame)
     for role, wanted in (("user", user), ("item", item)):
         if wanted is None and not table.header:
             check_guessed(role, ids[role], table, columns[role], len(kept))
@@ -136,9 +134,8 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     why = why.when(missing("item")).then(code["missing_item"])
     odd = pl.lit(False)
     if "rating" in texts.collect_schema():
-        text = pl.col("rating").str.strip_chars()
-        truth = text.str.to_lowercase().replace({"true": "1", "false": "0"})
-        number = truth.cast(pl.Float64, strict=False)
+        texts = texts.with_columns(number=_number(pl, pl.col("rating").str.strip_chars()))
+        number = pl.col("number")
         if min_rating is None:
             why = why.when(number == 0).then(code["zero_rating"])
             odd = ~missing("rating") & ~number.is_finite().fill_null(False)
@@ -150,22 +147,37 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     return texts.select("user", "item", why=why, odd=odd & (why == 0))
 
 
-def _drop_words(pl: Any, frame: Any) -> tuple[Any, dict[str, list[str]]]:
+def _number(pl: Any, text: Any) -> Any:
+    """The numbers in texts: null where there is none; true and false are 1 and 0."""
+    number = text.cast(pl.Float64, strict=False)
+    truth = text.str.to_lowercase().replace_strict(
+        {"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float64
+    )
+    return number.fill_null(truth)
+
+
+def _drop_words(pl: Any, frame: Any) -> tuple[Any, Any, dict[str, Any], dict[str, list[str]]]:
     """The frame without the events of users and items called NA or the like, where all other ids have digits.
 
-    Returns the words of each role that stay too, since they may be names.
+    Returns the frame, its kept events, their distinct ids by role, and the words that stay, since they may be names.
     """
-    doubtful = {}
-    for role in ("item", "user"):
-        words, are_plain = no_ids(frame[role].unique().drop_nulls())
-        doubtful[role] = [] if are_plain else words
-        if words and are_plain:
+    is_kept = pl.col("why") == 0
+    kept = frame.filter(is_kept)
+    ids = {role: kept[role].unique().sort() for role in _ROLES}
+    words, plain = {}, {}
+    for role in _ROLES:
+        found, are_plain = no_ids(ids[role])
+        plain[role], words[role] = (found, []) if are_plain else ([], found)
+    if any(plain.values()):
+        why = pl.col("why")
+        for role in ("item", "user"):
             code = 1 + list(DROPPED).index(f"missing_{role}")
-            is_earlier = pl.col("why").is_between(1, code)
-            found = pl.col(role).is_in(words) & ~is_earlier
-            why = pl.when(found).then(code).otherwise(pl.col("why")).cast(pl.UInt8)
-            frame = frame.with_columns(why=why)
-    return frame, doubtful
+            found = pl.col(role).is_in(plain[role]) & ~pl.col("why").is_between(1, code)
+            why = pl.when(found).then(code).otherwise(why)
+        frame = frame.with_columns(why=why.cast(pl.UInt8))
+        kept = frame.filter(is_kept)
+        ids = {role: kept[role].unique().sort() for role in _ROLES}
+    return frame, kept, ids, words
 
 
 def _line_ends(pl: Any, table: Table, frame: Any) -> dict[str, int]:
