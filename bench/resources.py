@@ -50,9 +50,7 @@ TYPES = {
     "rows_ptr": "*i64",
     "seed_ptr": "*i64",
     "marks_ptr": "*i32",
-    **dict.fromkeys(
-        ("keep_scale", "lr", "decay1", "decay2", "log_beta1", "log_beta2", "eps"), "fp32"
-    ),
+    **dict.fromkeys(("keep_scale", "lr", "eps"), "fp32"),
 }
 N_WEIGHTS = 8  # weights and biases of its four layers
 
@@ -188,7 +186,10 @@ def sample_latent_cases(chip: str) -> Iterator[Case]:
 def adam_cases(chip: str) -> Iterator[Case]:
     """Cases of kernels/adam.py."""
     names = ("weight_ptrs", "grad_ptrs", "exp_avg_ptrs", "exp_avg_sq_ptrs", "step_ptrs")
-    common = dict.fromkeys(names, ("*fp32",) * N_WEIGHTS) | {"numels": ("i32",) * N_WEIGHTS}
+    common = dict.fromkeys(names, ("*fp32",) * N_WEIGHTS) | dict.fromkeys(
+        ("numels", "row_quads", "gap_quads"), ("i32",) * N_WEIGHTS
+    )
+    common |= dict.fromkeys(("decays", "log_betas"), ("fp32",) * 2)
     kernel, tile = adam._adam_kernel, tiles.TABLE[chip].adam
     shadows = common | {"lr_ptr": None, "shadow_ptrs": ("*bf16",) * N_WEIGHTS}
     # a tensor's last block is masked, number by number

@@ -102,13 +102,13 @@ class Adam(torch.optim.Adam):
 
     def _step_by_kernel(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         with needing_triton("Adam"):
-            from .kernels.adam import adam
+            from .kernels.adam import adam, has_gaps
         states = [self._state_of(weight) for weight in weights]
         shadows = [self._shadow_for(weight) for weight in weights] if self.shadow else []
         lr = group["lr"]
         adam(
             weights,
-            [_gradient_of(weight) for weight in weights],
+            [_gradient_of(weight, has_gaps) for weight in weights],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
@@ -241,11 +241,13 @@ def _settle(weight: Tensor, state: dict[str, Tensor]) -> None:
     state["step"] = step.expand(shape).contiguous() if shape else step.reshape(())
 
 
-def _gradient_of(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    if weight.grad.layout != torch.strided:
+def _gradient_of(weight: Tensor, fits: Callable[[Tensor, Tensor], bool] | None = None) -> Tensor:
+    """A weight's gradient laid out as it is, or so that it fits."""
+    grad = weight.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
         raise TypeError("Adam: gradients must be dense, got a sparse one")
-    return _laid_out_as(weight, weight.grad)
+    return grad if fits is not None and fits(weight, grad) else _laid_out_as(weight, grad)
 
 
 def _is_laid_out_as(weight: Tensor, t: Tensor) -> bool:

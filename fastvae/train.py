@@ -194,8 +194,8 @@ class _Trainer:
     ):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
-        weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = Adam(weights, settings.lr, shadow=settings.precision == "bf16")
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = Adam(self.weights, settings.lr, shadow=settings.precision == "bf16")
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
         self.beta = 0.0  # of the latest update
@@ -282,7 +282,7 @@ class _Trainer:
             loss = (terms[0] + beta * terms[1]).item() / len(clicks)
             if not math.isfinite(loss):
                 raise self._not_finite(loss)  # before the weights are touched
-        backward_of_mean(nll, kld, beta)
+        backward_of_mean(nll, kld, beta, self.weights)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.sums += terms
@@ -392,8 +392,7 @@ class _Trainer:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        weights = self.optimizer.param_groups[0]["params"]
-        self.optimizer.load_state_dict(from_file(state["optimizer"], weights))
+        self.optimizer.load_state_dict(from_file(state["optimizer"], self.weights))
         self.epoch, self.batch, self.update = map(int, state["position"])
         self.sums.copy_(state["sums"])
         self.rng = state["rng"]

@@ -186,6 +186,41 @@ def test_item_major_weights_stay_as_they_are(shape):
     assert weight.data_ptr() == address
 
 
+@pytest.mark.parametrize(
+    ("shape", "gap", "offset", "copies"),
+    [
+        ((3, 4), 4, 0, 0),
+        ((BLOCK // 8 + 3, 12), 8, 0, 0),
+        ((5, BLOCK), 4, 0, 0),
+        ((2, BLOCK + 8), 16, 4, 0),
+        ((3, 5), 3, 0, 1),
+        ((3, 8), 3, 0, 1),
+    ],
+    ids=["a four", "rows in a block", "a row a block", "blocks in a row", "odd rows", "odd gaps"],
+)
+@pytest.mark.parametrize("items_first", [True, False], ids=["rows", "item-major"])
+def test_a_gradient_with_gaps_between_its_rows(
+    shape, gap, offset, copies, items_first, monkeypatch
+):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
+    wide = torch.full((shape[0], offset + shape[1] + gap), math.nan, device=DEVICE)
+    grad = wide[:, offset : offset + shape[1]].copy_(gradient)
+    if not items_first:
+        weight, grad, gradient = weight.t(), grad.t(), gradient.t()
+    one, other, by_torch = (nn.Parameter(weight.detach().clone()) for _ in range(3))
+    one.grad, other.grad, by_torch.grad = grad, gradient, gradient
+    made, laid_out = [], fastvae.adam._laid_out_as
+    monkeypatch.setattr(fastvae.adam, "_laid_out_as", lambda w, t: made.append(t) or laid_out(w, t))
+    optimizer = Adam([one])
+    optimizer.step()
+    assert sum(t is grad for t in made) == copies
+    Adam([other]).step()
+    torch.optim.Adam([by_torch]).step()
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, by_torch)
+
+
 def test_a_gradient_in_another_order():
     one, other = item_major(5, 7), item_major(5, 7)
     optimizers = Adam([one]), Adam([other])

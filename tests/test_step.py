@@ -39,13 +39,31 @@ def test_backward_of_the_mean_without_the_mean(make, beta):
     net, train, gradients = make([4, N_ITEMS]), random_clicks([3, 5, 0] * 5, N_ITEMS), []
     for backward in (
         lambda nll, kld: (nll + beta * kld).mean().backward(),
-        lambda nll, kld: backward_of_mean(nll, kld, beta),
+        lambda nll, kld: backward_of_mean(nll, kld, beta, list(net.parameters())),
     ):
         net.zero_grad()
         torch.manual_seed(0)
         backward(*net.loss_terms(train))
         gradients.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_backward_leaves_gradients_as_they_come():
+    wide = torch.ones(5, 8)
+
+    class Apart(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.sum(1)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return wide[:, :4]
+
+    weight, frozen = (torch.nn.Parameter(torch.zeros(5, 4)) for _ in range(2))
+    frozen.grad = torch.ones(5, 4)
+    backward_of_mean(Apart.apply(weight), torch.zeros(5), 0.1, [weight, frozen])
+    assert weight.grad.data_ptr() == wide.data_ptr() and frozen.grad is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
