@@ -27,19 +27,20 @@ class Shadow:
     def __init__(self, weight: Tensor):
         self.weight = weight
         self.layout = _layout(weight)
+        self.is_transposed = row_major(weight) is not weight
         first, *others = row_major(weight).shape or (1,)
         n_rows = -(-first // ROWS) * ROWS
         self.rows = torch.zeros((n_rows, *others), dtype=torch.bfloat16, device=weight.device)
-        self._written: tuple[int, int] | None = None
+        self._written: tuple | None = None
 
     def has_written(self) -> None:
         """Say that rows hold the weight as it is now."""
-        self._written = self.weight._version, self.weight.data_ptr()
+        self._written = _state(self.weight)
         _KEPT[id(self.weight)] = self
 
     def is_fresh(self) -> bool:
         """Whether nothing has changed the weight since."""
-        return self._written == (self.weight._version, self.weight.data_ptr())
+        return self._written == _state(self.weight)
 
     def fits(self) -> bool:
         """Whether the weight still lies as it did when the shadow was made."""
@@ -58,15 +59,16 @@ _KEPT: weakref.WeakValueDictionary[int, Shadow] = weakref.WeakValueDictionary()
 _refreshing = False
 
 
-def shadow_of(weight: Tensor) -> Tensor | None:
+def shadow_of(weight: Tensor, transposed: bool = False) -> Tensor | None:
     """The rows of a weight's shadow, see Shadow, or None where there is none or the weight has changed since.
 
+    transposed  asks for the rows of weight.t(); None where the weight does not lie in memory as asked for
     None too under torch.compile, and in a CUDA graph whose replays do not see to fresh shadows: see captured.
     """
     if torch.compiler.is_compiling():
         return None
     shadow = _KEPT.get(id(weight))
-    if shadow is None or not shadow.is_fresh():
+    if shadow is None or shadow.is_transposed != transposed or not shadow.is_fresh():
         return None
     if not _refreshing and is_being_captured(weight):
         return None
@@ -96,3 +98,7 @@ def row_major(t: Tensor) -> Tensor:
 
 def _layout(weight: Tensor) -> tuple:
     return weight.shape, weight.stride(), weight.device
+
+
+def _state(weight: Tensor) -> tuple:
+    return weight._version, weight.data_ptr(), weight.shape, weight.stride()

@@ -361,6 +361,8 @@ def test_a_model_that_moves_takes_its_state_along():
         take_steps(o, [w], gradients[1:])
     assert torch.equal(weight, other)
     assert torch.equal(shadow_of(weight)[:5], as_bf16(weight))
+    weight.data = weight.data.t()  # the same memory
+    assert shadow_of(weight) is shadow_of(weight, transposed=True) is None
 
 
 def test_what_is_refused(monkeypatch):
@@ -410,7 +412,8 @@ def test_a_shadow_is_the_weight_in_bf16_and_rows_of_zeros(n_rows):
     items = item_major(5, n_rows + 1)
     optimizer = trained([matrix, vector, items])
     for weight, rows in ((matrix, matrix), (vector, vector), (items, items.t())):
-        shadow = shadow_of(weight)
+        shadow = shadow_of(weight, transposed=weight is items)
+        assert shadow_of(weight, transposed=weight is not items) is None
         assert shadow.shape == (-(-len(rows) // ROWS) * ROWS, *rows.shape[1:])
         assert torch.equal(shadow[: len(rows)], as_bf16(rows))
         assert not shadow[len(rows) :].any()
@@ -533,7 +536,8 @@ def test_a_captured_step_counts_on_and_follows_the_rate(shadow):
         assert torch.equal(actual, expected)
         if shadow:
             rows = fastvae.adam.row_major(actual.detach())
-            assert torch.equal(shadow_of(actual)[: len(rows)], rows.bfloat16())
+            copy_of_it = shadow_of(actual, transposed=not actual.is_contiguous())
+            assert torch.equal(copy_of_it[: len(rows)], rows.bfloat16())
     assert optimizer.state_dict()["state"][0]["step"] == 8
 
 

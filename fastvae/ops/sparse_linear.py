@@ -68,7 +68,8 @@ def sparse_linear(
     _check(clicks, weight, bias, dropout, seed)
     seed, dtype = seed if dropout > 0 else None, autocast_dtype(weight.device)
     # a copy that the optimiser has written already: half the bytes to gather
-    cast = shadow_of(weight) if dtype == torch.bfloat16 and uses_kernels(weight) else None
+    bf16 = dtype == torch.bfloat16 and uses_kernels(weight)
+    cast = shadow_of(weight, transposed=True) if bf16 else None
     y = _SPARSE_LINEAR(*clicks.csr, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input)
     return y if dtype is None else y.to(dtype)
 
