@@ -36,7 +36,8 @@ class Shadow:
     def has_written(self) -> None:
         """Say that rows hold the weight as it is now."""
         self._written = _state(self.weight)
-        _KEPT[id(self.weight)] = self
+        if _KEPT.get(id(self.weight)) is not self:
+            _KEPT[id(self.weight)] = self
 
     def is_fresh(self) -> bool:
         """Whether nothing has changed the weight since."""
@@ -93,7 +94,10 @@ def is_being_captured(t: Tensor) -> bool:
 
 def row_major(t: Tensor) -> Tensor:
     """t, or its transpose where that is the contiguous one, as of a weight stored item by item."""
-    return t.t() if t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous() else t
+    if t.ndim != 2 or t.is_contiguous():
+        return t
+    transposed = t.t()
+    return transposed if transposed.is_contiguous() else t
 
 
 def _layout(weight: Tensor) -> tuple:

@@ -221,7 +221,7 @@ def _takes_kernel(weight: Tensor) -> bool:
 
 def _has_no_gap(weight: Tensor) -> bool:
     """Whether its numbers lie side by side in some order that we know; torch's fused Adam is wrong otherwise."""
-    return row_major(weight).is_contiguous()
+    return weight.is_contiguous() or row_major(weight) is not weight
 
 
 def _settle(weight: Tensor, state: dict[str, Tensor]) -> None:
@@ -247,7 +247,9 @@ def _gradient_of(weight: Tensor, fits: Callable[[Tensor, Tensor], bool] | None =
     assert grad is not None
     if grad.layout != torch.strided:
         raise TypeError("Adam: gradients must be dense, got a sparse one")
-    return grad if fits is not None and fits(weight, grad) else _laid_out_as(weight, grad)
+    if _is_laid_out_as(weight, grad) or (fits is not None and fits(weight, grad)):
+        return grad
+    return _laid_out_as(weight, grad)
 
 
 def _is_laid_out_as(weight: Tensor, t: Tensor) -> bool:
