@@ -87,7 +87,8 @@ class Op:
         )
         self.registered.register_kernel("cuda", cuda)
         self.registered.register_fake(fake)
-        self.cpu, self.cuda, self.n_differentiable = cpu, cuda, n_differentiable
+        self.cpu, self.cuda, self.fake = cpu, cuda, fake
+        self.n_differentiable = n_differentiable
         self.function: type[torch.autograd.Function] | None = None
         if setup_context is not None and backward is not None:
             self.registered.register_autograd(backward, setup_context=setup_context)

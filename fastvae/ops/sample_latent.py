@@ -48,7 +48,7 @@ def sample_latent(encoded: Tensor, noise: Tensor | None = None) -> tuple[Tensor,
 
 def _sample_latent_cpu(encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """z and kld."""
-    mu, logvar = encoded.to(sum_dtype(encoded.dtype)).chunk(2, dim=1)
+    mu, logvar = encoded.to(sum_dtype(encoded.dtype)).contiguous().chunk(2, dim=1)
     std = torch.mul(logvar, 0.5).exp_()
     # exp(logvar) - 1 first: near zero it has no rounding of its own
     kld = torch.mul(std, std).sub_(1).sub_(logvar).addcmul_(mu, mu).sum(1).mul_(0.5)
@@ -66,7 +66,7 @@ def _dencoded_cpu(
     encoded: Tensor, noise: Tensor | None, dz: Tensor | None, dkld: Tensor | None
 ) -> Tensor:
     """dencoded [n_users, 2 n_latent] from the gradients of z and kld; None stands for zeros."""
-    mu, logvar = encoded.to(sum_dtype(encoded.dtype)).chunk(2, dim=1)
+    mu, logvar = encoded.to(sum_dtype(encoded.dtype)).contiguous().chunk(2, dim=1)
     grad = torch.empty(encoded.shape, dtype=mu.dtype)
     dmu, dlogvar = grad.chunk(2, dim=1)
     dz = mu.new_zeros(()) if dz is None else dz.to(mu.dtype)
