@@ -1,8 +1,9 @@
-"""Shadows: bf16 copies of weights that fastvae.Adam writes while it updates them, for the ops to take in place of a cast.
+"""Shadows: bf16 copies of weights that fastvae.Adam writes as it updates them; the ops take them in place of a cast.
 
 A shadow counts only as long as its weight is as it was when the shadow was written: in the same memory, at the same
-version, which torch raises with every change in place (load_state_dict, another optimiser, nn.init, copy_ under no_grad).
-Only a write through .data or a pointer escapes the version, and with it torch's own checks.
+version, which torch raises with each change in place (load_state_dict, another optimiser, nn.init, copy_ in no_grad).
+Writes through .data, a pointer or a collective escape the version, and with it torch's own checks: who makes one
+raises it, torch.autograd.graph.increment_version(weights).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ ROWS = 128  # a shadow has a multiple of so many rows: products with a dimension
 class Shadow:
     """The copy of one weight.
 
-    rows  [n_rows, ...] bf16: the weight in the order of its memory (an item-major [n_hidden, n_items] as [n_items, n_hidden]),
-          and rows of zeros up to a multiple of ROWS
+    rows  [n_rows, ...] bf16: the weight in the order of its memory, an item-major one as [n_items, n_hidden], and rows of
+          zeros up to a multiple of ROWS
     """
 
     def __init__(self, weight: Tensor):

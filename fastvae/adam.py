@@ -1,6 +1,6 @@
 """Adam, as torch.optim.Adam: on a GPU one kernel for all weights, on a CPU torch's own fused one.
 
-A weight stored item-major stays as it is: torch's fused Adam copies such a one to and fro (35 ms a step at 20,108 items).
+A weight stored item-major stays as it is: torch's fused Adam copies it to and fro (35 ms a step at 20,108 items).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Adam(torch.optim.Adam):
     betas   decay rates of the two means, in [0, 1)
     eps     added to the denominator
     shadow  keep a bf16 copy of each fp32 weight on a GPU, 2 bytes a number, written by the same kernel. The ops take it
-            under bf16 autocast in place of a cast, unless the weight has been changed since. Change weights under
-            torch.no_grad(), not through .data, which no check of torch's sees either
+            under bf16 autocast in place of a cast, unless the weight has been changed since, as torch counts changes:
+            after one through .data or a collective call torch.autograd.graph.increment_version(weights)
 
     On a GPU the counts of steps lie on the device: a step can be captured in a CUDA graph once an eager one has run.
     state_dict() is torch.optim.Adam's, and each loads the other's, on any device; shadows are not in it.
@@ -164,7 +164,7 @@ class Adam(torch.optim.Adam):
         return shadow
 
     def refresh_shadows(self) -> None:
-        """Write the shadows anew of weights that something else has changed: before a replay of a graph that reads them."""
+        """Write the shadows anew of weights that have been changed: before a replay of a graph that reads them."""
         for shadow in self._shadows.values():
             shadow.refresh()
 

@@ -55,7 +55,7 @@ def _update_block(
     start, grad_i, i, mask,
     step_size, root_scale, decays, eps,
 ):  # fmt: skip
-    """Update numbers start + i, whose gradients lie at start + grad_i; mask is None for a whole block, whose accesses are wide whatever the tensor's size."""
+    """Update numbers start + i, with gradients at start + grad_i; mask is None for a whole block, read 16 bytes at a time."""
     # int64 for a block's place, int32 inside it: fewer registers
     weight_ptr += start
     grad_ptr += start
@@ -80,7 +80,7 @@ def _adam_kernel(
     grad_ptrs, lr_ptr,  # inputs; what ends in _ptrs is a tuple with an entry for each tensor
     weight_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs, step_ptrs,  # in place
     shadow_ptrs,  # outputs
-    numels, row_quads, gap_quads,  # sizes, tuples too; the last two of a gradient: fours of numbers in a row, and between two
+    numels, row_quads, gap_quads,  # sizes, tuples too; fours of numbers in a gradient's row, and between two rows
     lr, decays, log_betas, eps,  # two decays, two logs
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def count_shape(weight: Tensor) -> tuple[int]:
 
 
 def has_gaps(weight: Tensor, grad: Tensor) -> bool:
-    """Whether a gradient has the rows of a matrix, in the same order, but with numbers between two: as the left part of a product.
+    """Whether a gradient has a matrix' rows in the same order, but with gaps between: the left part of a wider product.
 
     The kernel takes them by fours: rows and gaps must be of whole ones, and their number fit the arithmetic.
     """
@@ -178,7 +178,7 @@ def adam(
     weights, exp_avgs, exp_avg_sqs  fp32, not empty; the three of a weight alike in shape and strides, without gaps
     grads    fp32, as the weights, or with has_gaps
     steps    [count_shape] each  fp32, the steps so far in every entry
-    shadows  bf16, or None; a weight's numbers come first in it, in the order of its memory, and what follows is left alone
+    shadows  bf16, or None; a weight's numbers come first, in the order of its memory, and what follows is left alone
     lr       float, or a scalar tensor on the device
     """
     block, num_warps = tiles.of(weights[0].device).adam

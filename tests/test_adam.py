@@ -1,4 +1,4 @@
-"""Adam: the kernel against torch's own in fp64, on edges of blocks; layouts, states, shadows and what makes them stale."""
+"""Adam: the kernel against torch's own in fp64, on edges of blocks; layouts, states, and shadows and how they go stale."""
 
 import copy
 import io
@@ -82,8 +82,8 @@ def check(weights, gradients, **options):
         same, truth = (t.param_groups[0]["params"][n] for t in trials)
         assert_as_accurate_as_torch(w, same, truth)
         for name in ("exp_avg", "exp_avg_sq"):
-            actual, by_torch, exact = (o.state[p][name] for o, p in ((optimizer, w), (trials[0], same), (trials[1], truth)))  # fmt: skip
-            assert_as_accurate_as_torch(actual, by_torch, exact)
+            by_torch, exact = (t.state[p][name] for t, p in zip(trials, (same, truth), strict=True))
+            assert_as_accurate_as_torch(optimizer.state[w][name], by_torch, exact)
     return optimizer
 
 
@@ -440,6 +440,9 @@ def change(model, way):
         weight.detach().t().mul_(2)
     elif way == "new data":
         weight.data = torch.ones_like(weight)
+    elif way == "through .data, and said so":
+        weight.data.clamp_(-0.1, 0.1)
+        torch.autograd.graph.increment_version(weight)
     elif way == "another optimiser":
         weight.grad = torch.ones_like(weight)
         torch.optim.SGD([weight], lr=0.1).step()
@@ -451,7 +454,17 @@ def change(model, way):
         torch.optim.Adam([weight], lr=0.1, fused=True).step()
 
 
-WAYS = ["load_state_dict", "by hand", "init", "a view", "new data", "another optimiser", "another of ours", "torch's adam"]  # fmt: skip
+WAYS = [
+    "load_state_dict",
+    "by hand",
+    "init",
+    "a view",
+    "new data",
+    "through .data, and said so",
+    "another optimiser",
+    "another of ours",
+    "torch's adam",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
