@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -115,3 +116,41 @@ def listed(names: Sequence[str]) -> str:
     """Names for a message: each cut to 40 characters, the first 20 of them."""
     more = ", ..." if len(names) > 20 else ""
     return ", ".join(repr(name[:40]) for name in names[:20]) + more
+
+
+def check_ids(
+    where: str, name: str, ids: Any, n: int | None = None, *, distinct: bool = True
+) -> list[Any]:
+    """External ids by their position, whatever holds them; n of them where n is given, distinct as texts by default.
+
+    TypeError for what has no order (a set, a dict), is no sequence of ids (a text, a table), or holds other things than
+    str and int: a float or None has lost the id that it was.
+    """
+    has_order = isinstance(ids, Iterable) and not isinstance(ids, str | bytes | Mapping)
+    has_order = has_order and (not isinstance(ids, Set) or isinstance(ids, KeysView))
+    if not has_order or getattr(ids, "ndim", 1) != 1:
+        got = type(ids).__name__
+        raise TypeError(f"{where}: {name} must be ids in their order, got {got}; pass a list")
+    # numpy's and torch's own lists hold plain numbers; a pandas.Series is asked for its labels by index only
+    found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    kinds = set(map(type, found))
+    wrong = {kind for kind in kinds if kind is bool or not issubclass(kind, str | Integral)}
+    if wrong:
+        position = next(n for n, item in enumerate(found) if type(item) in wrong)
+        got = type(found[position]).__name__
+        raise TypeError(
+            f"{where}: {name} must hold ids that are str or int, got {got} at position {position}"
+        )
+    blank = next(
+        (k for k, item in enumerate(found) if type(item) is str and not item.strip()), None
+    )
+    if blank is not None:
+        raise ValueError(
+            f"{where}: {name} must hold ids that are not empty, got {found[blank]!r} at position {blank}"
+        )
+    if n is not None and len(found) != n:
+        raise ValueError(f"{where}: {name} must hold {n} ids, got {len(found)}")
+    if distinct and len(set(map(str, found))) < len(found):
+        again = next(text for text, times in Counter(map(str, found)).items() if times > 1)
+        raise ValueError(f"{where}: {name} must be distinct, got {again!r} twice")
+    return found

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_ids
 from ._files import replacing
 from .models import MultiDAE, MultiVAE
 
@@ -40,7 +41,9 @@ def write_checkpoint(
         "format": FORMAT,
         "model": type(model).__name__,
         "config": model.config(),
-        "items": None if items is None else [str(item) for item in items],
+        "items": None
+        if items is None
+        else [str(item) for item in check_ids("checkpoint", "items", items)],
     }
     parts = {"meta": json.dumps(meta), "model": model.state_dict(), **state}
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:

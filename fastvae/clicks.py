@@ -226,6 +226,13 @@ class Clicks:
         values = None if self.values is None else self.values[position]
         return self._like(indptr, self.indices[position], values, self.n_items)
 
+    def where(self, keep: Tensor) -> Clicks:
+        """Only the clicks where keep [nnz] is true; the shape stays."""
+        part = self.compact()
+        before = torch.nn.functional.pad(torch.cumsum(keep, 0), (1, 0))
+        values = None if part.values is None else part.values[keep]
+        return self._like(before[part.indptr], part.indices[keep], values, self.n_items)
+
     def binary(self) -> Clicks:
         """The same clicks, each counted once."""
         return self._like(self.indptr, self.indices, None, self.n_items, self.row_ids)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from ._checks import check_choice, check_integer, check_number
+from ._checks import check_choice, check_ids, check_integer, check_number
 from .clicks import Clicks
 from .dataset_folder import FORMAT, IDS, PARTS, VERSION, count_parts, read_folder, write_folder
 from .events import DROPPED, Events
@@ -350,22 +350,8 @@ def map_items(
 
 def _ids(name: str, ids: Iterable | None, n: int | None) -> np.ndarray:
     """External ids as an object array of str: fixed-width unicode would give every id the length of the longest."""
-    given: list[Any] = list(range(n or 0)) if ids is None else list(ids)
-    for text in given:
-        if not isinstance(text, str | Integral):
-            raise TypeError(f"prepare: {name} must hold str or int ids, got {type(text).__name__}")
-    texts = [str(text) for text in given]
-    empty = next((k for k, text in enumerate(texts) if not text.strip()), None)
-    if empty is not None:
-        raise ValueError(
-            f"prepare: {name} must hold ids that are not empty, got {texts[empty]!r} at position {empty}"
-        )
-    if n is not None and len(texts) != n:
-        raise ValueError(f"prepare: {name} must hold {n} ids, got {len(texts)}")
-    if len(set(texts)) != len(texts):
-        raise ValueError(
-            f"prepare: {name} must hold distinct ids, got {len(texts) - len(set(texts))} repeated"
-        )
+    found = range(n or 0) if ids is None else check_ids("prepare", name, ids, n)
+    texts = [str(item) for item in found]
     array = np.empty(len(texts), dtype=object)
     array[:] = texts
     return array

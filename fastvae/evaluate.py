@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_clicks, check_integer
 from .clicks import Clicks
-from .ranking import BlockScorer, check_model, device_of, entries, top_k
+from .ranking import BlockScorer, check_model, device_of, entries, is_not_finite, top_k
 
 # what the paper's tables report
 METRICS = ("ndcg@100", "recall@20", "recall@50")
@@ -82,12 +82,11 @@ def _metric_at_k(kind: str, scores: Tensor, held_out: Any, k: int) -> Tensor:
         )
     k = min(check_integer(name, "k", k, 1, None), max(held_out.n_items, 1))
     best, items = top_k(scores.detach().float(), k)
-    # a NaN ranks first, so it shows here
-    bad = int((~(best[:, :1] < torch.inf)).sum())
-    if bad:
+    bad = is_not_finite(best)
+    if bad.any():
         raise ValueError(
-            f"{name}: scores must be finite, or -inf for items to leave out, "
-            f"got nan or inf for {bad} of {len(scores)} users"
+            f"{name}: scores must be finite, or -inf for items to leave out, got nan or inf for {int(bad.sum())} "
+            f"of {len(scores)} users, first for user {int(bad.int().argmax())}"
         )
     offsets = held_out.indptr.cpu().numpy()
     hits = _hits(items, *entries(held_out, offsets, 0, held_out.n_users), held_out.n_items)
@@ -189,9 +188,10 @@ def evaluate(
     progress    called after each block with the number of users done
     returns     Evaluation; users with an empty row in fold_in or held_out are skipped and counted
 
-    A GPU is waited for before the first block and after the last, not between. Warns where a held-out click is in
-    fold_in too: it cannot be found. Raises: ValueError for a metric's name, for sizes that do not fit, without
-    evaluable users, or for scores that are not finite; TypeError for other kinds of argument.
+    A GPU is waited for before the first block and after the last, not between. A held-out click that is in fold_in too
+    cannot be found: such clicks are left out, with a warning that counts them. Raises: ValueError for a metric's name,
+    for sizes that do not fit, without evaluable users, or for scores that are not finite; TypeError for other kinds of
+    argument.
     Source: Liang et al. 2018, section 4.2 and 4.3.
     """
     fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
@@ -200,26 +200,17 @@ def evaluate(
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     wanted = [_parse(name) for name in names]
     _check(model, fold_in, held_out, names, block_size)
-    users, n_users = _evaluable(fold_in, held_out), fold_in.n_users
-    device = device_of(model, fold_in.device)
-    fold_in, held_out = (
-        clicks.rows(torch.from_numpy(users).to(clicks.device)).compact().to(device)
-        for clicks in (fold_in, held_out)
-    )
-    seen = _n_seen(fold_in, held_out)
+    device, n_users = device_of(model, fold_in.device), fold_in.n_users
+    fold_in, held_out = (clicks.compact().to(device) for clicks in (fold_in, held_out))
+    held_out = unseen("evaluate", fold_in, held_out)
+    users = _evaluable(fold_in, held_out)
+    fold_in, held_out = (clicks.rows(users).compact() for clicks in (fold_in, held_out))
     values = _user_values(model, fold_in, held_out, wanted, block_size, progress).cpu().numpy()
-    bad = int(values[-1].sum())
-    if bad:
+    bad = values[-1] > 0
+    if bad.any():
         raise ValueError(
-            f"evaluate: model must give finite scores, got nan or inf for {bad} of {len(users)} users; "
-            "load a checkpoint from before the loss diverged"
-        )
-    n_seen = int(seen)
-    if n_seen:
-        warnings.warn(
-            f"evaluate: held_out must hold no clicks of fold_in, got {n_seen:,} of {held_out.nnz:,} that it holds; "
-            "they count as missed, for the items of fold_in are not ranked",
-            stacklevel=2,
+            f"evaluate: model must give finite scores, got nan or inf for {bad.sum()} of {len(users)} users, "
+            f"first for user {users[bad.argmax()]}; load a checkpoint from before the loss diverged"
         )
     means, errors = values[:-1].mean(1), values[:-1].std(1) / np.sqrt(len(users))
     return Evaluation(
@@ -243,8 +234,7 @@ def _user_values(model, fold_in, held_out, wanted, block_size, progress) -> Tens
         stop = start + len(items)
         hits = _hits(items, *entries(held_out, offsets, start, stop), n_items)
         out[:-1, start:stop] = to_values(hits, n_held_out[start:stop])
-        # a NaN ranks first, so it shows here
-        out[-1, start:stop] = ~(best[:, 0] < torch.inf)
+        out[-1, start:stop] = is_not_finite(best)
         if progress is not None:
             progress(stop)
     return out
@@ -275,8 +265,11 @@ def _check(model, fold_in, held_out, names, block_size) -> None:
         check_integer("evaluate", "block_size", block_size, 1)
 
 
-def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:
-    """How many held-out clicks are in fold_in too, a scalar on the device; both with arrays of their own."""
+def unseen(where: str, fold_in: Clicks, held_out: Clicks, stacklevel: int = 3) -> Clicks:
+    """held_out without the clicks that fold_in holds too, which are not ranked; a warning says how many there were.
+
+    Both [n_users, n_items] with arrays of their own (compact), on one device.
+    """
     n_items = fold_in.n_items
     folded, held = (
         torch.repeat_interleave(x.row_lengths(), output_size=len(x.indices)) * n_items + x.indices
@@ -285,7 +278,16 @@ def _n_seen(fold_in: Clicks, held_out: Clicks) -> Tensor:
     # beyond every search
     last = torch.full((1,), len(fold_in) * n_items, device=folded.device)
     folded = torch.cat([folded, last])
-    return (folded[torch.searchsorted(folded, held)] == held).sum()
+    keep = folded[torch.searchsorted(folded, held)] != held
+    n_seen = len(keep) - int(keep.sum())
+    if not n_seen:
+        return held_out
+    warnings.warn(
+        f"{where}: held_out must hold no clicks of fold_in, got {n_seen:,} of {len(keep):,} that it holds; "
+        "they are left out, for the items of fold_in are not ranked",
+        stacklevel=stacklevel,
+    )
+    return held_out.where(keep)
 
 
 def _evaluable(fold_in: Clicks, held_out: Clicks) -> np.ndarray:

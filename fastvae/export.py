@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from ._checks import check_integer
+from ._checks import check_ids, check_integer
 from ._files import replacing
 from .data import map_items
 from .events import Events
@@ -75,7 +75,7 @@ def recommend_to_file(
 
     Memory does not grow with the number of users. Raises: as recommend and write_recommendations.
     """
-    vocabulary = list(histories.items if items is None else items)
+    vocabulary = check_ids("recommend", "items", histories.items if items is None else items)
     known, n_unknown = map_items(histories.x, histories.items, vocabulary)
     k = min(check_integer("recommend", "k", k, 1, None), max(len(vocabulary), 1))
     blocks = recommend_blocks(model, known, k, items=vocabulary, keep_seen=keep_seen)
@@ -154,6 +154,7 @@ def write_recommendations(
     if isinstance(blocks, Recommendations):
         # text takes ten times the memory of the tensors
         blocks = blocks._split(4096)
+    user_ids = check_ids("write_recommendations", "user_ids", user_ids, distinct=False)
     users = np.array([*map(str, user_ids), ""], dtype=object)[:-1]
     with replacing(path) as temporary:
         writers[format](temporary, _named(blocks, users, items))
@@ -189,7 +190,9 @@ def _named(
     for block in blocks:
         new = block.vocabulary if items is None else items
         if new is not vocabulary:
-            vocabulary, names = new, np.array([*map(str, new or ()), ""], dtype=object)
+            vocabulary = new
+            ids = [] if new is None else check_ids("write_recommendations", "items", new)
+            names = np.array([*map(str, ids), ""], dtype=object)
         index = block.items.numpy()
         left = index >= 0
         # without a vocabulary the indices stand for the ids; padding is -1, the "" at the end of names

@@ -55,6 +55,11 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, items.masked_fill_(values == -torch.inf, -1)
 
 
+def is_not_finite(best: Tensor) -> Tensor:
+    """Which users have a score of nan or inf, bool [n_users]; best [n_users, k] from top_k, where such scores rank first."""
+    return ~(best[:, :1] < torch.inf).all(1)
+
+
 def _n_keys(width: int, k: int) -> int:
     """How many keys top_k builds for a row: groups and candidates, or all items where that saves too little."""
     grouped = width // GROUP + k * GROUP
@@ -161,7 +166,9 @@ class BlockScorer:
         self.block_size = min(block_size, max(1, clicks.n_users))
         # read once, so that no block has to ask the device
         self.offsets = self.clicks.indptr.cpu().numpy()
-        self.buffer = torch.full((self.block_size, width), -torch.inf, device=clicks.device)
+        self.buffer = torch.full(
+            (self.block_size, width), -torch.inf, dtype=torch.float32, device=clicks.device
+        )
 
     @property
     def starts(self) -> range:

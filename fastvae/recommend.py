@@ -7,7 +7,7 @@ the other, write_recommendations writes them as they come. ranking.py says which
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_catalogue, check_integer
+from ._checks import check_catalogue, check_ids, check_integer
 from .clicks import Clicks
-from .ranking import BlockScorer, check_model, device_of, top_k
+from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Recommendations:
 
     items       [n_users, k] int64 item indices; -1 where fewer than k items were left
     scores      [n_users, k] fp32 logits; -inf there
-    vocabulary  external item ids by item index, or None
+    vocabulary  external item ids by item index, str or int, or None
     n_unknown   clicks of the histories on items outside the vocabulary, which were ignored
 
     len() is the number of users; iterating gives one list of (item, score) pairs per user, with external ids
@@ -36,7 +36,7 @@ class Recommendations:
 
     items: Tensor
     scores: Tensor
-    vocabulary: Sequence[str] | None = None
+    vocabulary: Sequence[Any] | None = None
     n_unknown: int = 0
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Recommendations:
     def _indices(self) -> list[list[int]]:
         return [[item for item in user if item >= 0] for user in self.items.tolist()]
 
-    def external(self) -> list[list[str]]:
+    def external(self) -> list[list[Any]]:
         """External ids of each user's items, best first; shorter than k where fewer items were left.
 
         Raises: ValueError where the recommendations have no vocabulary.
@@ -65,6 +65,8 @@ class Recommendations:
                 "pass items=... to recommend"
             )
         vocabulary = self.vocabulary
+        if not isinstance(vocabulary, list):
+            vocabulary = check_ids("external", "vocabulary", vocabulary)
         return [[vocabulary[item] for item in user] for user in self._indices()]
 
 
@@ -73,7 +75,7 @@ def recommend(
     histories: Clicks | Sequence[Iterable[Any]],
     k: int = 10,
     *,
-    items: Sequence[str] | None = None,
+    items: Iterable[Any] | None = None,
     keep_seen: bool = False,
     block_size: int | None = None,
 ) -> Recommendations:
@@ -93,7 +95,7 @@ def recommend(
     histories   Clicks [n_users, n_items] (clicks.rows(ids) for some users; any matrix that Clicks takes), or a
                 list of lists of external ids, which needs items. A user may come twice; a history may be empty
     k           int >= 1; the result has k columns also where the model has fewer items
-    items       external ids, position = item index. Ids are compared as text, so 10 finds "10"
+    items       external ids, str or int, position = item index. Ids are compared as text, so 10 finds "10"
     keep_seen   rank the history's own items too; by default they are never recommended
     block_size  users scored at once, default by memory (BLOCK_BYTES in all). Items and scores of a user do not
                 depend on it, nor on who else is asked for, as long as the model's own matrix products do not:
@@ -104,16 +106,15 @@ def recommend(
     compared in fp32. Raises: ValueError for sizes that do not fit, a k below 1, or scores that are not finite;
     TypeError for other kinds of argument. Source: Liang et al. 2018, section 2.4.
     """
-    blocks = list(
-        recommend_blocks(
-            model, histories, k, items=items, keep_seen=keep_seen, block_size=block_size
-        )
-    )
+    scorer, k, vocabulary, unknown = _checked(model, histories, k, items, keep_seen, block_size)
+    blocks = list(_blocks(scorer, k, vocabulary, unknown))
+    # torch's default dtype and device are not asked: the result is fp32 on the CPU
+    nothing = torch.empty(0, k, dtype=torch.float32, device="cpu")
     return Recommendations(
-        torch.cat([torch.empty(0, k, dtype=torch.int64), *(block.items for block in blocks)]),
-        torch.cat([torch.empty(0, k), *(block.scores for block in blocks)]),
-        items,
-        sum(block.n_unknown for block in blocks),
+        torch.cat([nothing.long(), *(block.items for block in blocks)]),
+        torch.cat([nothing, *(block.scores for block in blocks)]),
+        vocabulary,
+        int(unknown.sum()),
     )
 
 
@@ -122,7 +123,7 @@ def recommend_blocks(
     histories: Clicks | Sequence[Iterable[Any]],
     k: int = 10,
     *,
-    items: Sequence[str] | None = None,
+    items: Iterable[Any] | None = None,
     keep_seen: bool = False,
     block_size: int | None = None,
 ) -> Iterator[Recommendations]:
@@ -136,39 +137,44 @@ def recommend_blocks(
     Arguments are checked at the call, before the first block. Between blocks the model is as it was before.
     Raises and Source: as recommend.
     """
+    return _blocks(*_checked(model, histories, k, items, keep_seen, block_size))
+
+
+def _checked(
+    model, histories, k, items, keep_seen, block_size
+) -> tuple[BlockScorer, int, list[Any] | None, np.ndarray]:
+    """What _blocks takes, from the arguments of recommend."""
     k = check_integer("recommend", "k", k, 1)
     if block_size is not None:
         block_size = check_integer("recommend", "block_size", block_size, 1)
     n_items = check_model("recommend", model)
-    if items is not None and len(items) != n_items:
-        raise ValueError(
-            f"recommend: items must have {n_items} ids like the model, got {len(items)}"
-        )
-    clicks, unknown = _histories(histories, items)
+    vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
+    clicks, unknown = _histories(histories, vocabulary)
     check_catalogue("recommend", "histories", clicks, n_items)
     clicks = clicks.to(device_of(model, clicks.device))
-    return _blocks(BlockScorer(model, clicks, k, block_size, keep_seen), k, items, unknown)
+    return BlockScorer(model, clicks, k, block_size, keep_seen), k, vocabulary, unknown
 
 
 def _blocks(
-    scorer: BlockScorer, k: int, items: Sequence[str] | None, unknown: np.ndarray
+    scorer: BlockScorer, k: int, vocabulary: list[Any] | None, unknown: np.ndarray
 ) -> Iterator[Recommendations]:
     for start in scorer.starts:
         values, found = (tensor.cpu() for tensor in top_k(scorer.scores(start), k))
-        bad = int((~(values[:, 0] < torch.inf)).sum()) if values.shape[1] else 0
-        if bad:
+        bad = is_not_finite(values)
+        if bad.any():
             raise ValueError(
-                f"recommend: model must give finite scores, got nan or inf for {bad} of users "
-                f"{start}..{start + len(values) - 1}; load a checkpoint from before the loss diverged"
+                f"recommend: model must give finite scores, got nan or inf for {int(bad.sum())} of users "
+                f"{start}..{start + len(values) - 1}, first for user {start + int(bad.int().argmax())}; "
+                "load a checkpoint from before the loss diverged"
             )
         missing = k - values.shape[1]
         values = nn.functional.pad(values, (0, missing), value=-torch.inf)
         found = nn.functional.pad(found, (0, missing), value=-1)
         n_unknown = int(unknown[start : start + len(values)].sum())
-        yield Recommendations(found, values, items, n_unknown)
+        yield Recommendations(found, values, vocabulary, n_unknown)
 
 
-def _histories(histories: Any, items: Sequence[str] | None) -> tuple[Clicks, np.ndarray]:
+def _histories(histories: Any, items: list[Any] | None) -> tuple[Clicks, np.ndarray]:
     """Histories as Clicks, and the number of unknown ids in each."""
     if not isinstance(histories, list | tuple):
         clicks = Clicks.from_matrix(histories)
@@ -178,12 +184,12 @@ def _histories(histories: Any, items: Sequence[str] | None) -> tuple[Clicks, np.
             "recommend: items must be the external item ids where histories are lists, got None"
         )
     for history in histories:
-        if isinstance(history, str) or not isinstance(history, Iterable):
+        if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
             got = type(history).__name__
             raise TypeError(
                 f"recommend: histories must be lists of item ids, got one that is {got}; wrap it in a list"
             )
-    index = _index_of(items)
+    index = {str(item): position for position, item in enumerate(items)}
     rows = [[index.get(str(item), -1) for item in history] for history in histories]
     flat = np.fromiter(chain.from_iterable(rows), np.int64)
     users = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64))
@@ -196,11 +202,3 @@ def _histories(histories: Any, items: Sequence[str] | None) -> tuple[Clicks, np.
             stacklevel=4,
         )
     return Clicks.from_pairs(users[known], flat[known], len(rows), len(items)), unknown
-
-
-def _index_of(items: Sequence[str]) -> dict[str, int]:
-    index = {str(item): position for position, item in enumerate(items)}
-    if len(index) != len(items):
-        again = next(item for position, item in enumerate(items) if index[str(item)] != position)
-        raise ValueError(f"recommend: items must be distinct, got {str(again)!r} twice")
-    return index

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from ._checks import (
     check_catalogue,
     check_choice,
     check_flag,
+    check_ids,
     check_integer,
     check_number,
     check_per_click,
 )
 from .adam import Adam, from_file, to_file
 from .clicks import Clicks, dtype_name
-from .evaluate import evaluate
+from .evaluate import evaluate, unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
@@ -161,7 +162,8 @@ def fit(
     check_integer("fit", "epochs", epochs)
     for name, flag in (("resume", resume), ("progress", progress), ("cuda_graph", cuda_graph)):
         check_flag("fit", name, flag)
-    _check_data(model, train, validation, items)
+    _check_data(model, train, validation)
+    items = None if items is None else check_ids("fit", "items", items, model.n_items)
     if patience is not None:
         check_integer("fit", "patience", patience, 1)
         if validation is None:
@@ -169,13 +171,13 @@ def fit(
     if cuda_graph and device.type != "cuda":
         raise ValueError("fit: cuda_graph must be False where the model is not on a GPU, got True")
     train = train.to(device)
-    if validation is not None:
-        validation = (validation[0].to(device), validation[1].to(device))
     if resume and run_dir is None:
         raise ValueError("fit: run_dir must be given to resume, got None")
     run = None
     if run_dir is not None:
         run = RunFolder(Path(run_dir), model, settings.config(), train, validation, items)
+    if validation is not None:
+        validation = _evaluable(validation, device)
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
         if resume:
@@ -447,18 +449,12 @@ def _check_model(model, run_dir) -> None:
         )
 
 
-def _check_data(model, train, validation, items) -> None:
+def _check_data(model, train, validation) -> None:
     check_catalogue("fit", "train", train, model.n_items)
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
     if validation is not None:
         _check_validation(validation, model.n_items)
-    if items is not None and not isinstance(items, Collection):
-        raise TypeError(f"fit: items must be a list of ids, got {type(items).__name__}")
-    if items is not None and len(items) != model.n_items:
-        raise ValueError(f"fit: items must hold {model.n_items} ids, got {len(items)}")
-    if items is not None and len({str(item) for item in items}) < len(items):
-        raise ValueError("fit: items must be distinct, got one twice")
 
 
 def _check_validation(validation, n_items: int) -> None:
@@ -474,7 +470,14 @@ def _check_validation(validation, n_items: int) -> None:
         raise ValueError(
             f"fit: held_out must have the {fold_in.n_users} users of fold_in, got {held_out.n_users}"
         )
+
+
+def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks]:
+    """validation on the device, without held-out clicks that are in fold_in too; ValueError where nothing is left."""
+    fold_in, held_out = (clicks.to(device).compact() for clicks in validation)
+    held_out = unseen("fit", fold_in, held_out, stacklevel=4)
     if not ((fold_in.row_lengths() > 0) & (held_out.row_lengths() > 0)).any():
         raise ValueError(
             "fit: validation must have a user with fold-in and held-out clicks, got none; pass None to train without"
         )
+    return fold_in, held_out

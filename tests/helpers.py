@@ -30,6 +30,25 @@ def run_child(name, *arguments, **environment):
     )
 
 
+class Labelled:
+    """As a pandas.Series of another order of labels: position n by numpy and in a loop, label n by index."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __iter__(self):
+        return iter(self.ids)
+
+    def __getitem__(self, label):
+        return self.ids[::-1][label]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.ids, dtype)
+
+
 class Fixed(nn.Module):
     """Gives every user the same logits: a view of its own tensor, as careless models do."""
 

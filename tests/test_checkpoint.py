@@ -71,7 +71,8 @@ def test_numpy_numbers_and_ids_are_stored_as_pythons_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fastvae.train, "evaluate", lambda *_, **__: {"ndcg@100": np.float64(0.3)})
     train = random_clicks([2, 3], 5)
-    fit(model(), train, (train, train), epochs=1, run_dir=tmp_path, items=np.array(ITEMS))
+    validation = Clicks([0, 1], [0], n_items=5), Clicks([0, 1], [1], n_items=5)
+    fit(model(), train, validation, epochs=1, run_dir=tmp_path, items=np.array(ITEMS))
     for name in ("best.pt", "last.pt"):
         torch.load(tmp_path / name, weights_only=True)
     assert read_checkpoint(tmp_path / "last.pt")["best"] == [1, 0.3]

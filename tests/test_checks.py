@@ -6,12 +6,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import Labelled
 
 from fastvae import Clicks
 from fastvae._checks import (
     check_catalogue,
     check_choice,
     check_flag,
+    check_ids,
     check_integer,
     check_number,
     shown,
@@ -68,3 +70,63 @@ def test_what_fits_comes_back_as_pythons_own():
 
 def test_a_value_is_shown_as_its_user_wrote_it():
     assert [shown(value) for value in (np.float32(2), 0.0, "a", None)] == ["2.0", "0.0", "'a'", "None"]  # fmt: skip
+
+
+IDS = ["b", "a", "10"]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        IDS,
+        tuple(IDS),
+        np.array(IDS),
+        np.array(IDS, dtype=object),
+        np.array(["10", "a", "b"])[::-1],
+        Labelled(IDS),
+        dict.fromkeys(IDS).keys(),
+        iter(IDS),
+        ["b", "a", 10],
+    ],
+    ids=["list", "tuple", "str", "object", "reversed", "labelled", "keys", "iterator", "int"],
+)
+def test_ids_by_position(ids):
+    assert [str(item) for item in check_ids("f", "items", ids, 3)] == IDS
+
+
+@pytest.mark.parametrize("ids", [np.array([7, 8]), torch.tensor([7, 8]), range(7, 9)])
+def test_numbers_of_arrays_become_plain_ids(ids):
+    found = check_ids("f", "items", ids, 2)
+    assert found == [7, 8] and {type(item) for item in found} == {int}
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ({"a": 0, "b": 1}, TypeError, "must be ids in their order, got dict; pass a list"),
+        ({"a", "b"}, TypeError, "must be ids in their order, got set; pass a list"),
+        (frozenset("ab"), TypeError, "must be ids in their order, got frozenset; pass a list"),
+        ("ab", TypeError, "must be ids in their order, got str; pass a list"),
+        (b"ab", TypeError, "must be ids in their order, got bytes; pass a list"),
+        (3, TypeError, "must be ids in their order, got int; pass a list"),
+        (np.array([["a", "b"]]), TypeError, "must be ids in their order, got ndarray; pass a list"),
+        (["a", 1.0], TypeError, "must hold ids that are str or int, got float at position 1"),
+        (np.array([1.0, 2.0]), TypeError, "must hold ids that are str or int, got float at position 0"),
+        (["a", None], TypeError, "must hold ids that are str or int, got NoneType at position 1"),
+        ([True, False], TypeError, "must hold ids that are str or int, got bool at position 0"),
+        ([b"a", b"b"], TypeError, "must hold ids that are str or int, got bytes at position 0"),
+        ({"a": 0, "b": 1}.items(), TypeError, "must be ids in their order, got dict_items; pass a list"),
+        (["a", " "], ValueError, "must hold ids that are not empty, got ' ' at position 1"),
+        (["a"], ValueError, "must hold 2 ids, got 1"),
+        (["a", "a"], ValueError, "must be distinct, got 'a' twice"),
+        ([10, "10"], ValueError, "must be distinct, got '10' twice"),
+    ],
+)  # fmt: skip
+def test_what_has_no_order_or_no_ids_is_refused(ids, error, message):
+    with pytest.raises(error) as caught:
+        check_ids("f", "items", ids, 2)
+    assert str(caught.value) == f"f: items {message}"
+
+
+def test_users_may_come_twice():
+    assert check_ids("f", "user_ids", ["a", "a"], distinct=False) == ["a", "a"]

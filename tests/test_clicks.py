@@ -9,29 +9,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import run_child
+from helpers import Labelled, run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvae import Clicks, reference, sparse_linear
 from fastvae.clicks import gather_rows
-
-
-class Labelled:
-    """As a pandas.Series of another order of labels: position n by numpy, label n by index."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, label):
-        return self.ids[::-1][label]
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.ids, dtype)
-
 
 DENSE = np.array([[0, 2, 0, 1], [0, 0, 0, 0], [3, 0, 0, 0]])
 

@@ -16,6 +16,7 @@ from data_helpers import (
     small_dataset,
     write,
 )
+from helpers import Labelled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,7 +216,7 @@ BAD_SETTINGS = {
         {"users": [*"abcdefghi", " "]},
         "prepare: users must hold ids that are not empty, got ' ' at position 9",
     ),
-    "same_ids": ({"users": [1] * 10}, "prepare: users must hold distinct ids, got 9 repeated"),
+    "same_ids": ({"users": [1] * 10}, "prepare: users must be distinct, got '1' twice"),
 }
 
 
@@ -233,8 +234,14 @@ WRONG_TYPES = {
         "prepare: n_heldout must be a number of users or a fraction, got True",
     ),
     "half_a_seed": ({"seed": 0.5}, "prepare: seed must be a whole number, got 0.5"),
-    "no_id": ({"items": [*"abcde", None]}, "prepare: items must hold str or int ids, got NoneType"),
-    "odd_ids": ({"items": [1.5] * 6}, "prepare: items must hold str or int ids, got float"),
+    "no_id": (
+        {"items": [*"abcde", None]},
+        "prepare: items must hold ids that are str or int, got NoneType at position 5",
+    ),
+    "odd_ids": (
+        {"items": [1.5] * 6},
+        "prepare: items must hold ids that are str or int, got float at position 0",
+    ),
 }
 
 
@@ -302,6 +309,28 @@ def test_held_out_clicks_are_drawn_evenly():
     assert (held_out.sum(1) == 2).all()
     # each position 800 times, standard deviation 25
     assert abs(held_out.sum(0) - 800).max() < 5 * 25
+
+
+def test_ids_go_by_their_position_whatever_holds_them():
+    x, users = np.ones((10, 5)), [f"u{n}" for n in range(10)]
+    data = Dataset.from_matrix(x, 2, users=Labelled(users), items=Labelled("abcde"))
+    expected = Dataset.from_matrix(x, 2, users=users, items=list("abcde"))
+    for name in ("users_train", "users_vad", "users_test", "items"):
+        assert getattr(data, name).tolist() == getattr(expected, name).tolist()
+    moved, _ = map_items(Clicks([0, 1], [0], n_items=2), Labelled("ab"), Labelled("cba"))
+    assert moved.indices.tolist() == [2]
+
+
+@pytest.mark.parametrize("ids", [set("abcde"), dict.fromkeys("abcde"), "abcde"])
+def test_ids_without_an_order_are_refused(ids):
+    x, got = np.ones((10, 5)), type(ids).__name__
+    for call in (
+        lambda: Dataset.from_matrix(x, 2, items=ids),
+        lambda: map_items(Clicks.from_matrix(x), ids, list("abcde")),
+        lambda: map_items(Clicks.from_matrix(x), list("abcde"), ids),
+    ):
+        with pytest.raises(TypeError, match=f"must be ids in their order, got {got}; pass a list$"):
+            call()
 
 
 def test_items_are_mapped_by_id():

@@ -360,7 +360,7 @@ def test_scores_that_are_not_finite(bad):
     with pytest.raises(ValueError) as raised:
         evaluate(model, fold_in, held_out)
     assert str(raised.value) == (
-        "evaluate: model must give finite scores, got nan or inf for 1 of 58 users; "
+        "evaluate: model must give finite scores, got nan or inf for 1 of 58 users, first for user 9; "
         "load a checkpoint from before the loss diverged"
     )
 
@@ -368,28 +368,42 @@ def test_scores_that_are_not_finite(bad):
 @pytest.mark.parametrize("metric", [ndcg_at_k, recall_at_k])
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_the_metrics_rank_no_score_that_is_not_finite(metric, bad):
-    scores = torch.tensor([[0.0, bad, 1.0], [0.0, -INF, 1.0]])
+    scores = torch.tensor([[0.0, -INF, 1.0], [0.0, bad, 1.0]])
     with pytest.raises(ValueError) as raised:
         metric(scores, Clicks([0, 1, 2], [0, 0], n_items=3), 1)
     assert str(raised.value) == (
-        f"{metric.__name__}: scores must be finite, or -inf for items to leave out, got nan or inf for 1 of 2 users"
+        f"{metric.__name__}: scores must be finite, or -inf for items to leave out, got nan or inf for 1 of 2 users, "
+        "first for user 1"
     )
 
 
-def test_held_out_clicks_that_the_model_has_seen_are_warned_about():
+def test_held_out_clicks_of_the_fold_in_are_left_out():
     model, fold_in, held_out = random_case()
     both = held_out.copy()
     both[9, 9] = both[12, 12] = True  # seen; the other clicks are not
     with pytest.warns(UserWarning) as caught:
-        evaluate(model, fold_in, both)
-    n = (both & fold_in.any(1)[:, None]).sum()
+        result = evaluate(model, fold_in, both)
     assert str(caught[0].message) == (
-        f"evaluate: held_out must hold no clicks of fold_in, got 2 of {n:,} that it holds; they count as missed, "
+        f"evaluate: held_out must hold no clicks of fold_in, got 2 of {both.sum():,} that it holds; they are left out, "
         "for the items of fold_in are not ranked"
     )
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluate(model, fold_in, held_out)
+        assert result == evaluate(model, fold_in, held_out)
+
+
+def test_a_perfect_scorer_is_perfect_whatever_the_overlap():
+    fold_in, held_out = (
+        Clicks([0, 1, 2], [0, 0], n_items=4),
+        Clicks([0, 2, 3], [0, 2, 0], n_items=4),
+    )
+    with pytest.warns(UserWarning, match="got 2 of 3 that it holds"):
+        result = evaluate(Scores([[0.0, 1.0, 5.0, 1.0]]), fold_in, held_out)
+    # the second user has nothing left to predict
+    assert (result["recall@20"], result.n_evaluated, result.n_skipped) == (1.0, 1, 1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no evaluable users among 2"):
+        evaluate(Scores([[0.0, 1.0, 5.0, 1.0]]), fold_in, fold_in)
 
 
 def test_a_model_that_is_none_is_named():

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import Fixed
+from helpers import Fixed, Labelled
 
 from fastvae.clicks import Clicks
 from fastvae.evaluate import Popularity
@@ -165,6 +165,20 @@ def test_an_interrupted_write_leaves_the_old_file(found, tmp_path, suffix):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_ids_go_by_their_position_whatever_holds_them(tmp_path):
+    found = Recommendations(torch.tensor([[0], [2]]), torch.ones(2, 1), Labelled(["a", "b", "c"]))
+    for name, items in (("a.csv", None), ("b.csv", Labelled(["a", "b", "c"]))):
+        write_recommendations(tmp_path / name, Labelled(["u", "v"]), found, items)
+        rows = (tmp_path / name).read_text().splitlines()
+        assert rows[1:] == ["u,1,a,1.0", "v,1,c,1.0"]
+    for ids, got in (({"u": 0, "v": 1}, "dict"), ({"u", "v"}, "set"), ("uv", "str")):
+        with pytest.raises(TypeError) as raised:
+            write_recommendations(tmp_path / "c.csv", ids, found)
+        assert str(raised.value) == (
+            f"write_recommendations: user_ids must be ids in their order, got {got}; pass a list"
+        )
+
+
 @pytest.mark.parametrize("users", [USERS[:2], [*USERS, "one more"]])
 def test_as_many_user_ids_as_users(found, tmp_path, users):
     with pytest.raises(ValueError) as raised:
@@ -244,9 +258,7 @@ def test_without_items_the_log_must_have_those_of_the_model(tmp_path):
     assert path.read_text().splitlines()[1] == "u,1,a,1.0"
     path.unlink()
     other = Events(Clicks([0, 1], [1], n_items=3), np.array(["u"]), np.array(["a", "b", "c"]), {})
-    with pytest.raises(
-        ValueError, match=r"^recommend: items must have 2 ids like the model, got 3"
-    ):
+    with pytest.raises(ValueError, match=r"^recommend: items must hold 2 ids, got 3$"):
         recommend_to_file(path, model, other)
     with pytest.raises(ValueError, match=r"^recommend: k must be at least 1, got 0"):
         recommend_to_file(path, model, log, k=0)

@@ -3,16 +3,17 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, Fixed, random_clicks
+from helpers import DEVICE, Fixed, Labelled, random_clicks
 from torch import nn
 
 from fastvae.clicks import Clicks
 from fastvae.export import write_recommendations
 from fastvae.models import MultiDAE, MultiVAE
 from fastvae.ranking import GROUP, MIN_ROWS
-from fastvae.recommend import recommend, recommend_blocks
+from fastvae.recommend import Recommendations, recommend, recommend_blocks
 
 INF = float("inf")
 
@@ -150,6 +151,14 @@ def test_external_ids_go_in_and_out():
     ]
 
 
+def test_ids_go_by_their_position_whatever_holds_them():
+    found = recommend(Fixed(3.0, 2.0, 1.0), [["a"]], k=2, items=Labelled(["a", "b", "c"]))
+    assert found.external() == [["b", "c"]]
+    assert recommend(Fixed(3.0, 2.0), [[7]], items=np.array([7, 8])).external() == [[8]]
+    by_hand = Recommendations(found.items, found.scores, Labelled(["a", "b", "c"]))
+    assert by_hand.external() == [["b", "c"]]
+
+
 def test_an_item_twice_in_a_history_counts_once():
     model = Fixed(3.0, 2.0)
     recommend(model, [["a", "a"]], k=1, items=["a", "b"])
@@ -251,7 +260,7 @@ EMPTY = Clicks([0, 0], [], n_items=2)
             (Clicks([0, 0], [], n_items=5),),
             {"items": ["a", "b"]},
         ),
-        (ValueError, "items must have 2 ids like the model, got 1", ([[]],), {"items": ["a"]}),
+        (ValueError, "items must hold 2 ids, got 1", ([[]],), {"items": ["a"]}),
         (ValueError, "items must be distinct, got 'a' twice", ([[]],), {"items": ["a", "a"]}),
         (
             ValueError,
@@ -264,6 +273,18 @@ EMPTY = Clicks([0, 0], [], n_items=2)
             "histories must be lists of item ids, got one that is str; wrap it in a list",
             (["a"],),
             {"items": ["a", "b"]},
+        ),
+        (
+            TypeError,
+            "histories must be lists of item ids, got one that is dict; wrap it in a list",
+            ([{"a": 2}],),
+            {"items": ["a", "b"]},
+        ),
+        (
+            TypeError,
+            "items must be ids in their order, got set; pass a list",
+            ([["a"]],),
+            {"items": {"a", "b"}},
         ),
         (
             TypeError,
@@ -283,10 +304,11 @@ def test_arguments_are_checked_before_the_first_block(error, message, args, opti
 
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_scores_that_are_not_finite(bad):
+    seen = Clicks([0, 1, 2, 2, 3], [1, 1, 1], n_items=3)
     with pytest.raises(ValueError) as raised:
-        recommend(Fixed(1.0, bad, 0.0), Clicks([0, 0, 1], [1], n_items=3))
+        recommend(Fixed(1.0, bad, 0.0), seen, block_size=3)
     assert str(raised.value) == (
-        "recommend: model must give finite scores, got nan or inf for 1 of users 0..1; "
+        "recommend: model must give finite scores, got nan or inf for 1 of users 0..2, first for user 2; "
         "load a checkpoint from before the loss diverged"
     )
 
@@ -305,4 +327,4 @@ def test_nothing_warns(tmp_path):
         warnings.simplefilter("error")
         found = recommend(Fixed(1.0, 2.0), [[], ["a"], ["a", "b"]], k=3, items=["a", "b"])
         for suffix in ("csv", "jsonl"):
-            write_recommendations(tmp_path / f"top.{suffix}", "xyz", found)
+            write_recommendations(tmp_path / f"top.{suffix}", list("xyz"), found)

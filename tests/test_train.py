@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import random_clicks, run_child
+from helpers import Labelled, random_clicks, run_child
 from training import N_ITEMS, assert_equal_weights, forced_metrics, learnable, model, weights
 
 from fastvae import Adam, Clicks, MultiDAE, MultiVAE, evaluate, fit, reference
@@ -170,9 +170,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"lr": 0}, ValueError, "fit: lr must be a finite number above 0, got 0"),
         ({"lr": "fast"}, TypeError, "fit: lr must be a number, got 'fast'"),
         ({"total_anneal_steps": 0.5}, TypeError, "fit: total_anneal_steps must be a whole number, got 0.5"),
-        ({"items": ["a", "a", *"bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]}, ValueError, "fit: items must be distinct, got one twice"),
+        ({"items": ["a", "a", *"bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]}, ValueError, "fit: items must be distinct, got 'a' twice"),
         ({"validation": (random_clicks([2], N_ITEMS), random_clicks([2, 2], N_ITEMS))}, ValueError, "fit: held_out must have the 1 users of fold_in, got 2"),
-        ({"items": iter("ab")}, TypeError, "fit: items must be a list of ids, got str_ascii_iterator"),
+        ({"items": {str(n): n for n in range(N_ITEMS)}}, TypeError, "fit: items must be ids in their order, got dict; pass a list"),
         ({"model": model().requires_grad_(False)}, ValueError, "fit: model must have a weight that requires grad, got none"),
         ({"lr": float("nan")}, ValueError, "fit: lr must be a finite number above 0, got nan"),
         ({"anneal_cap": float("inf")}, ValueError, "fit: anneal_cap must be a finite number of at least 0, got inf"),
@@ -201,6 +201,29 @@ def test_bad_settings_are_named(change, error, message):
     with pytest.raises(error) as caught:
         fit(**({"model": model(), "train": learnable()[0]} | change))
     assert str(caught.value) == message
+
+
+def test_ids_are_kept_by_their_position_whatever_holds_them(tmp_path):
+    names = [f"item {n}" for n in range(N_ITEMS)]
+    fit(model(), learnable()[0], epochs=1, items=Labelled(names), run_dir=tmp_path)
+    assert load_model(tmp_path / "best.pt")[1] == names
+
+
+def test_held_out_clicks_of_the_fold_in_are_left_out_once(tmp_path):
+    train, (fold_in, held_out) = learnable()
+    both = Clicks.from_matrix(fold_in.to_scipy() + held_out.to_scipy())
+    with pytest.warns(UserWarning) as caught:
+        result = fit(model(), train, (fold_in, both), epochs=2)
+    overlap = [w for w in caught if "held_out" in str(w.message)]
+    assert [str(w.message) for w in overlap] == [
+        f"fit: held_out must hold no clicks of fold_in, got {fold_in.nnz} of {both.nnz} that it holds; "
+        "they are left out, for the items of fold_in are not ranked"
+    ]
+    assert overlap[0].filename == __file__
+    clean = fit(model(), train, (fold_in, held_out), epochs=2)
+    assert [row["ndcg@100"] for row in result.history] == [row["ndcg@100"] for row in clean.history]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="validation must have a user"):
+        fit(model(), train, (fold_in, fold_in), epochs=1)
 
 
 def dense_fit(model, train, epochs, batch_size, seed, per_click, total_anneal_steps):
