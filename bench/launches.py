@@ -80,7 +80,12 @@ def pretended_gpu(launch: Callable[..., None] | None = None, chip: str = CHIP) -
     with _patched(*patches), torch.library._scoped_library("aten", "IMPL") as library:
         # products of half precision with an fp32 result, which CPUs do not have
         library.impl("mm.dtype", lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)), "CPU")
+        library.impl("mm.dtype_out", _mm_into, "CPU")
         yield
+
+
+def _mm_into(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return out.copy_(torch.mm(a.to(dtype), b.to(dtype)))
 
 
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ TABLE = {
     "interpreter": ChipTiles(
         gemm=_same(GemmTile(16, 64, 32, 2, 4, 1), *_TENSOR_CORE, "ieee"),
         fused=(*_TENSOR_CORE, "ieee"),
-        fused_above=0,
+        fused_above=65_536,
         exp_row=RowTile(block_i=128, split_i=0, block_nnz=16, num_warps=4),
         forward_row=_INTERPRETER_ROW,
         backward_row=_INTERPRETER_ROW,
