@@ -1,5 +1,7 @@
 """fastvae: Mult-VAE and Mult-DAE on sparse clicks."""
 
+# first: it waits for Ctrl-C while the command imports the rest
+from . import _interrupt  # noqa: F401
 from .adam import Adam
 from .checkpoint import load_model
 from .clicks import Clicks

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +14,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from . import console
+from . import _interrupt, console
 from .checkpoint import load_model
 from .data import Dataset, map_items, split_dataset
-from .dataset_folder import check_writable
+from .dataset_folder import check_writable, is_dataset_folder
 from .evaluate import METRICS, Popularity, evaluate
 from .events import Events, read_events
 from .export import recommend_to_file
@@ -30,8 +32,9 @@ from .options import (
     RunArg,
     with_options,
 )
-from .run_folder import read_config
+from .run_folder import BEST, read_config
 from .train import fit
+from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
     name="fastvae",
@@ -43,6 +46,8 @@ app = typer.Typer(
     "fastvae evaluate run/ data/  and  fastvae recommend run/ clicks.csv top.csv",
 )
 DEFAULT_METRICS = list(METRICS)
+# typer has no name of its own for what all errors of a command line are
+UsageError: Any = typer.BadParameter.__base__
 
 
 @app.command()
@@ -106,8 +111,7 @@ def train(
         )
     torch.manual_seed(seed)
     net = _model(**asdict(model_options), n_items=data.n_items).to(_device(device))
-    result = _saying_where_it_stopped(
-        fit,
+    result = fit(
         net,
         data.train,
         data.validation if len(data.users_vad) else None,
@@ -143,8 +147,8 @@ def evaluate_command(
     """Measure a model on held-out users, beside the popularity baseline."""
     if users not in ("test", "vad"):
         raise ValueError(f"evaluate: users must be test or vad, got {users}")
-    data = Dataset.load(dataset)
     net, vocabulary = _load(run, tanh_after_dropout)
+    data = Dataset.load(dataset)
     _check_catalogue(run, net.n_items, vocabulary, data.items)
     _warn_of_other_split(run, data)
     parts = data.test if users == "test" else data.validation
@@ -251,15 +255,60 @@ def demo(
 
 def main() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
+    _interrupt.restore()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal may lack the sign ±
             stream.reconfigure(errors="replace")
+    group = typer.main.get_command(app)
+    context = None
     try:
-        app(prog_name="fastvae")
+        # not by calling app: typer's own way out drops the words of Ctrl-C
+        with warnings.catch_warnings(), group.make_context("fastvae", sys.argv[1:]) as context:
+            warnings.showwarning = _note_warning
+            group.invoke(context)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except KeyboardInterrupt as interrupt:
+        console.note(f"fastvae: {_in_words(str(interrupt) or 'stopped', group, context)}")
+        sys.exit(130)
+    except BrokenPipeError:
+        # nobody reads on; python would complain once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except UsageError as error:
+        _refuse_usage(error, context)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        console.complain(" ".join(str(error).split()) or type(error).__name__)
+        text = " ".join(str(error).split()) or type(error).__name__
+        console.complain(_in_words(text, group, context))
         sys.exit(2)
+
+
+def _note_warning(
+    message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Ours as a note; others as python shows them."""
+    if Path(filename).parent == Path(__file__).parent:
+        console.note(str(message))
+    else:
+        console.note(warnings.formatwarning(message, category, filename, lineno).rstrip())
+
+
+def _refuse_usage(error: Any, context: Any) -> None:
+    if error.__class__.__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        console.complain(usage_error(error, context and context.invoked_subcommand, sys.argv[1:]))
+    sys.exit(2)
+
+
+def _in_words(text: str, group: Any, context: Any) -> str:
+    """A message with the options of the command that was asked for."""
+    name = context and context.invoked_subcommand
+    if name is None:
+        return text
+    options = {option.name: name_of(option) for option in group.commands[name].params}
+    return in_command_words(text, name, options)
 
 
 def _heldout(text: str) -> float:
@@ -309,7 +358,13 @@ def _load(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, lis
         raise ValueError(
             f"run must be a run folder or a checkpoint, got nothing at {run}; fastvae train writes one"
         )
-    return load_model(run / "best.pt" if run.is_dir() else run, tanh_after_dropout)
+    path = run / BEST if run.is_dir() else run
+    if not path.exists():
+        got = "a dataset folder" if is_dataset_folder(run) else f"a folder without {BEST}"
+        raise ValueError(
+            f"run must be a run folder or a checkpoint, got {got} at {run}; the run comes first"
+        )
+    return load_model(path, tanh_after_dropout)
 
 
 def _check_catalogue(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
@@ -335,12 +390,3 @@ def _warn_of_other_split(run: Path, data: Dataset) -> None:
             f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
             "those measured here"
         )
-
-
-def _saying_where_it_stopped(train_it: Any, *arguments: Any, **settings: Any) -> Any:
-    """Call fit; after Ctrl-C say where the run stands and exit as shells expect."""
-    try:
-        return train_it(*arguments, **settings)
-    except KeyboardInterrupt as interrupt:
-        console.note(f"fastvae: {str(interrupt) or 'stopped'}")
-        raise typer.Exit(130) from None

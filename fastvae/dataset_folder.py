@@ -62,7 +62,8 @@ def write_folder(
         for leftover in (fresh, aside):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            _write_files(fresh, parts, ids, info)
+            with naming(target):
+                _write_files(fresh, parts, ids, info)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -105,8 +106,7 @@ def _write_files(folder: Path, parts, ids, info) -> None:
         packed[f"{name}_utf8"], packed[f"{name}_offsets"] = _pack_ids(ids[name])
     _write_npz(folder / "ids.npz", packed)
     text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False)
-    path = folder / "info.json"
-    with naming(path), open(path, "wb") as file:
+    with open(folder / "info.json", "wb") as file:
         file.write(text.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -123,7 +123,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     if not existing.is_dir():
         raise ValueError(f"dataset: folder must be a folder, got a file at {existing}")
     names = set(os.listdir(target)) if target.exists() else set()
-    if names and (names - FILES or not _is_ours(target / "info.json")):
+    if names and (names - FILES or not is_dataset_folder(target)):
         others = listed(sorted(names - FILES or names))
         raise ValueError(
             f"dataset: folder must be new, empty or a dataset, got {others} in {folder}; choose another name"
@@ -131,7 +131,9 @@ def check_writable(folder: str | os.PathLike) -> Path:
     return target
 
 
-def _is_ours(path: Path) -> bool:
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether a folder says that it is a dataset; its files may be damaged all the same."""
+    path = folder / "info.json"
     try:
         return (
             path.stat().st_size <= _MAX_JSON and json.loads(path.read_bytes())["format"] == FORMAT
@@ -162,6 +164,11 @@ def read_folder(
             got = "a file" if target.exists() else "nothing"
             raise ValueError(
                 f"dataset: folder must be a dataset folder, got {got} at {folder}; write one with fastvae prepare"
+            )
+        if (target / "config.json").is_file() and not (target / "info.json").exists():
+            raise ValueError(
+                f"dataset: folder must be a dataset folder, got a run folder at {folder}; "
+                "give the dataset that it was trained on"
             )
         before = _identity(target)
         try:
@@ -309,7 +316,7 @@ def _unpack_ids(utf8: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an uncompressed .npz and wait for the disk."""
-    with naming(path), open(path, "wb") as file:
+    with open(path, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())

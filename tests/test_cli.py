@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, load_model
+from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, fit, load_model
 from fastvae.checkpoint import read_checkpoint
+from fastvae.data import split_dataset
 from fastvae.evaluate import Popularity
+from fastvae.events import read_events
 
 pytest.importorskip("polars")
 
@@ -138,7 +139,7 @@ def test_resume_through_the_command_line(tmp_path, run, prepared):
     a, b = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     code, _, err = train(run, data, tmp_path / "a")
-    assert code == 2 and "run_dir must be a new folder" in err
+    assert code == 2 and "train: run must be a new folder" in err
 
 
 def test_a_full_disk_is_one_sentence_with_the_files_name(tmp_path, run, prepared, monkeypatch):
@@ -193,40 +194,193 @@ def test_a_dataset_in_another_order_of_items_gives_the_same_metrics(tmp_path, ru
     assert plain["MultiVAE"] == other["MultiVAE"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("prepare", "missing.csv", "out"), "missing.csv"),
-        (("prepare", "log.csv", "out", "--heldout", "many"), "prepare: heldout must be a count or a fraction, got many"),
-        (("prepare", "log.csv", "out", "--user", "nobody"), "the columns are"),
-        (("prepare", "log.csv", "out", "--heldout", 500), "prepare: "),
-        (("train", "missing", "run"), "write one with fastvae prepare"),
-        (("train", "data", "run", "--model", "gan"), "train: model must be vae or dae, got gan"),
-        (("train", "data", "run", "--latent", 10**12), "train: hidden and latent must be widths whose weights fit in memory, got [1000000000000, 600, 60]"),
-        (("train", "data", "run", "--latent", 10**30), "train: hidden and latent must be widths whose weights fit in memory"),
-        (("train", "data", "run", "--hidden", "wide"), "train: hidden must be widths such as"),
-        (("train", "data", "run", "--batch-size", 0), "fit: batch_size must be at least 1, got 0"),
-        (("train", "data", "run", "--resume"), "fit: run_dir must hold a run to resume"),
-        (("train", "data", "run", "--device", "cpu:abc"), "device must be cpu or cuda, got cpu:abc"),
-        (("train", "data", "run", "--batch-size", 10**23), "fit: batch_size must lie below 2**31, got 100000000000000000000000"),
-        *([] if torch.cuda.is_available() else [(("train", "data", "run", "--device", "cuda"), "device must be cpu where torch finds no GPU, got cuda")]),
-        (("train", "data", "run", "--device", "tpu"), "device must be cpu or cuda, got tpu"),
-        (("evaluate", "missing", "data"), "run must be a run folder or a checkpoint, got nothing at missing"),
-        (("evaluate", "log.csv", "data"), "checkpoint: log.csv must be a whole checkpoint"),
-        (("evaluate", "missing", "data", "--users", "all"), "evaluate: users must be test or vad, got all"),
-        (("demo", "one_user.csv"), "got 1 of 1 users with at least 5 clicks; add data"),
-        (("recommend", "missing", "log.csv", "top.csv"), "run must be a run folder or a checkpoint, got nothing at missing"),
-    ],
-)  # fmt: skip
-def test_errors_are_one_sentence_and_exit_code_2(
-    prepared, run, monkeypatch, tmp_path, arguments, sentence
+NO_GPU = "train: --device must be cpu where torch finds no GPU, got cuda"
+WIDTHS = "train: --hidden and --latent must be widths whose weights fit in memory, got"
+# what is typed, and the sentence; the folder holds log.csv, one_user.csv, data (a dataset), trained (a run)
+REFUSED = [
+    ("prepare missing.csv out", "prepare: events must be a file, got nothing at missing.csv"),
+    ("prepare data out", "prepare: events must be a file, got a folder at data"),
+    (
+        "prepare log.csv out --heldout many",
+        "prepare: --heldout must be a count or a fraction, got many",
+    ),
+    (
+        "prepare log.csv out --heldout .5",
+        "prepare: --heldout must be a number of users or a fraction in (0, 0.5), got 0.5",
+    ),
+    (
+        "prepare log.csv out --heldout 500",
+        "prepare: --heldout must leave users to train, validate and test on, got 500 of 120 users with at least 5 "
+        "clicks; lower --heldout, or add data",
+    ),
+    (
+        "prepare log.csv out --min-user-clicks 99",
+        "prepare: events must leave a user with at least 99 clicks, got none of 1,204 events "
+        "(dropped 1,201 with a user "
+        "with fewer than --min-user-clicks; 1 with no user id; 1 with no item id; 1 with the same "
+        "user and item again); "
+        "lower the thresholds or add data",
+    ),
+    (
+        "prepare log.csv out --user nobody",
+        "prepare: --user must name a column of log.csv, got 'nobody'; the columns are 'userId', 'movieId', 'rating'",
+    ),
+    (
+        "prepare log.csv out --separator ab",
+        "prepare: --separator must be one ASCII character or '::', got 'ab'",
+    ),
+    ("prepare log.csv out --seed x", "prepare: --seed must be a whole number, got 'x'"),
+    ("prepare log.csv out --min-rating=high", "prepare: --min-rating must be a number, got 'high'"),
+    (
+        "prepare log.csv trained",
+        "prepare: folder must be new, empty or a dataset, got 'best.pt', 'config.json', 'curve.png', 'last.pt', "
+        "'metrics.jsonl' in trained; choose another name",
+    ),
+    (
+        "train missing run",
+        "train: dataset must be a dataset folder, got nothing at missing; write one with fastvae prepare",
+    ),
+    (
+        "train trained run",
+        "train: dataset must be a dataset folder, got a run folder at trained; give the dataset "
+        "that it was trained on",
+    ),
+    ("train data run --model gan", "train: --model must be vae or dae, got gan"),
+    (f"train data run --latent {10**12}", f"{WIDTHS} [1000000000000, 600, 60]"),
+    (f"train data run --latent {10**30}", f"{WIDTHS} [{10**30}, 600, 60]"),
+    (
+        "train data run --latent 0",
+        "train: --hidden and --latent must be at least two widths above 0, got [0, 600, 60]",
+    ),
+    (
+        "train data run --hidden wide",
+        "train: --hidden must be widths such as 600 or 1000,600, or none, got wide",
+    ),
+    (
+        "train data run --dropout 2",
+        "train: --dropout must hold probabilities from 0 to 1, got [2.0, 0.0]",
+    ),
+    ("train data run --batch-size 0", "train: --batch-size must be at least 1, got 0"),
+    (
+        f"train data run --batch-size {10**23}",
+        f"train: --batch-size must lie below 2**31, got {10**23}",
+    ),
+    ("train data run --lr abc", "train: --lr must be a number, got 'abc'"),
+    ("train data run --lr 0", "train: --lr must be a finite number above 0, got 0.0"),
+    ("train data run --lr", "train: --lr must have a value, got none; see fastvae train --help"),
+    (
+        "train data run --lrr 1",
+        "train: option must be one of those of --help, got --lrr; did you mean --lr",
+    ),
+    ("train data", "train: run must be given, got nothing; see fastvae train --help"),
+    (
+        "train data run more",
+        "train: arguments must be those of --help, got more too; see fastvae train --help",
+    ),
+    ("trian data run", "command must be one of those of --help, got trian; see fastvae --help"),
+    ("train data run --resume", "train: run must hold a run to resume, got nothing at run"),
+    (
+        "train data trained",
+        "train: run must be a new folder, got trained with a run in it; go on with it by --resume "
+        "or name another folder",
+    ),
+    (
+        "train data trained --resume",
+        "train: --hidden and --latent must be [4, 8, 60] as in the run to resume, got [200, 600, 60]",
+    ),
+    ("train data run --device cpu:abc", "train: --device must be cpu or cuda, got cpu:abc"),
+    ("train data run --device tpu", "train: --device must be cpu or cuda, got tpu"),
+    *([] if torch.cuda.is_available() else [("train data run --device cuda", NO_GPU)]),
+    (
+        "evaluate missing data",
+        "evaluate: run must be a run folder or a checkpoint, got nothing at missing; fastvae train writes one",
+    ),
+    (
+        "evaluate data trained",
+        "evaluate: run must be a run folder or a checkpoint, got a dataset folder at data; the run comes first",
+    ),
+    (
+        "evaluate trained trained",
+        "evaluate: dataset must be a dataset folder, got a run folder at trained; give the dataset "
+        "that it was trained on",
+    ),
+    (
+        "evaluate . data",
+        "evaluate: run must be a run folder or a checkpoint, got a folder without best.pt at .; the run comes first",
+    ),
+    (
+        "evaluate log.csv data",
+        "checkpoint: log.csv must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so",
+    ),
+    ("evaluate missing data --users all", "evaluate: --users must be test or vad, got all"),
+    (
+        "evaluate trained data --metric map",
+        "evaluate: --metric must be names like 'ndcg@100' or 'recall@20', got 'map'",
+    ),
+    (
+        "demo one_user.csv",
+        "demo: events must leave users to train, validate and test on, got 1 of 1 users with at "
+        "least 5 clicks; add data",
+    ),
+    (
+        "recommend missing log.csv top.csv",
+        "recommend: run must be a run folder or a checkpoint, got nothing at missing; fastvae train writes one",
+    ),
+    ("recommend trained log.csv top.csv -k few", "recommend: -k must be a whole number, got 'few'"),
+    ("recommend trained data top.csv -k 0", "recommend: -k must be at least 1, got 0"),
+    (
+        "recommend trained data top.txt",
+        "recommend: output must end in .csv, .jsonl or .parquet, got 'top.txt'",
+    ),
+    (
+        "recommend trained trained top.csv",
+        "recommend: histories must be a dataset folder, got a run folder at trained; give the dataset that it was "
+        "trained on",
+    ),
+    (
+        "recommend trained data top.csv --users some",
+        "recommend: --users must be one of train, vad, test, all, got 'some'",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder_of_everything(tmp_path_factory):
+    """A click log, the dataset made of it, and a run trained on that."""
+    folder = tmp_path_factory.mktemp("everything")
+    log = read_events(write_log(folder / "log.csv"), min_rating=4)
+    data = split_dataset(log, 15)
+    data.save(folder / "data")
+    model = MultiVAE([4, 8, data.n_items])
+    items = list(data.items)
+    fit(model, data.train, data.validation, epochs=1, run_dir=folder / "trained", items=items)
+    (folder / "one_user.csv").write_text("user,item\n" + "".join(f"u,{i}\n" for i in range(9)))
+    return folder
+
+
+@pytest.mark.parametrize(("typed", "sentence"), REFUSED)
+def test_errors_are_one_sentence_of_the_commands_own_words_and_exit_code_2(
+    folder_of_everything, run, monkeypatch, typed, sentence
 ):
-    monkeypatch.chdir(tmp_path)
-    Path("one_user.csv").write_text("user,item\n" + "".join(f"u,{i}\n" for i in range(9)))
-    code, out, err = run(*arguments)
+    monkeypatch.chdir(folder_of_everything)
+    before = sorted(os.listdir())
+    code, out, err = run(*typed.split())
     assert code == 2 and out == ""
-    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
-    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+    assert err == f"fastvae: {sentence}\n"
+    assert sorted(os.listdir()) == before
+
+
+def test_names_with_brackets_are_written_and_shown_as_they_are(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "log.csv")
+    for name in ("data[v2]", "wei[/]", "[red]data[/red]"):
+        code, out, _ = run("prepare", "log.csv", name, "--heldout", 15)
+        assert code == 0 and f"wrote {name}; next: fastvae train {name} RUN\n" in out
+        assert Dataset.load(name).info["kept"]["train"] > 0
+    code, out, _ = train(run, name, "run[/]", "--epochs", 1)
+    assert code == 0 and f"next: fastvae evaluate run[/] {name}\n" in out
+    code, out, _ = run("recommend", "run[/]", "log.csv", "top[b].csv")
+    assert code == 0 and "users to top[b].csv\n" in out
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "recommend", "demo"])
@@ -298,7 +452,8 @@ def test_recommend_says_how_many_it_wrote_and_who_got_nothing(tmp_path, run, pre
     code, _, err = run("recommend", tmp_path / "run", tmp_path / "none.csv", tmp_path / "t.csv")
     assert (
         code == 2
-        and err == f"fastvae: events: path must be a file, got nothing at {tmp_path}/none.csv\n"
+        and err
+        == f"fastvae: recommend: histories must be a file, got nothing at {tmp_path}/none.csv\n"
     )
 
 
@@ -346,7 +501,8 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     assert run("train", prepared[1], tmp_path / "run", "--resume", *layers, *options)[0] == 0
     (net, train, validation), passed = calls[0]
     data = Dataset.load(prepared[1])
-    expected = settings | {"run_dir": tmp_path / "run", "resume": True, "items": list(data.items), "progress": True}  # fmt: skip
+    expected = {"run_dir": tmp_path / "run", "resume": True, "items": list(data.items)}
+    expected |= settings | {"progress": True}
     assert passed == expected
     assert isinstance(net, MultiDAE) and net.p_dims == [5, 20, 30, data.n_items]
     assert net.dropout_enc == [0.25, 0.0, 0.0] and net.q_dims == net.p_dims[::-1]
@@ -447,7 +603,7 @@ def test_another_split_of_the_log_is_warned_about_and_not_resumed(tmp_path, run,
     assert run("evaluate", tmp_path / "run", data)[2] == ""
     code, _, err = train(run, tmp_path / "other", tmp_path / "run", "--resume")
     assert (
-        code == 2 and "fit: train must be the clicks of the run to resume" in err
+        code == 2 and "train: dataset must be the clicks of the run to resume" in err
     ) or not same_items
 
 
@@ -458,10 +614,10 @@ def test_train_leaves_other_peoples_folders_alone(tmp_path, run, prepared):
     (mine / "config.json").write_text('{"mine": 1}')
     for folder in (mine, data):
         code, _, err = train(run, data, folder)
-        assert code == 2 and "run_dir must be a new or empty folder" in err
+        assert code == 2 and "run must be a new or empty folder" in err
     assert (mine / "config.json").read_text() == '{"mine": 1}'
     code, _, err = train(run, data, tmp_path / "log.csv")
-    assert code == 2 and "run_dir must be a folder, got a file" in err
+    assert code == 2 and "run must be a folder, got a file" in err
     code, out, _ = train(run, data, tmp_path / "none", "--epochs", 0)
     assert code == 0 and out == "no epoch trained\n"
 
@@ -479,7 +635,7 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path, run, prepared, monkeypatch):
     monkeypatch.setattr(MultiVAE, "loss_terms", interrupting)
     code, _, err = train(run, data, tmp_path / "run")
     assert code == 130 and "stopped after 1 epochs and 2 batches; saved in" in err
-    assert "resume to go on" in err and "Traceback" not in err
+    assert "--resume goes on" in err and "Traceback" not in err
 
 
 def test_ratings_that_are_no_numbers_are_pointed_out(tmp_path, run):
