@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,4 +243,11 @@ def _write_parquet(path: Path, blocks: Iterable[_Named]) -> None:
         return (pl.DataFrame(block.columns(), schema=schema) for block in blocks)
 
     # a lazy source: polars writes each block and lets it go
-    register_io_source(frames, schema=schema).sink_parquet(path)
+    try:
+        register_io_source(frames, schema=schema).sink_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        # polars' many lines about a full disk
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error

@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fastvae
 from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, fit, load_model
 from fastvae.checkpoint import read_checkpoint
 from fastvae.data import split_dataset
@@ -636,6 +639,83 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path, run, prepared, monkeypatch):
     code, _, err = train(run, data, tmp_path / "run")
     assert code == 130 and "stopped after 1 epochs and 2 batches; saved in" in err
     assert "--resume goes on" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "interrupted"),
+    [
+        ("prepare log.csv out", "split_dataset"),
+        ("evaluate trained data", "evaluate"),
+        ("recommend trained log.csv top.csv", "recommend_to_file"),
+        ("train data run", "fit"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    folder_of_everything, run, monkeypatch, typed, interrupted
+):
+    from fastvae import cli
+
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.chdir(folder_of_everything)
+    monkeypatch.setattr(cli, interrupted, interrupt)
+    before = sorted(os.listdir())
+    code, out, err = run(*typed.split())
+    assert code == 130 and out == ""
+    assert err.splitlines()[-1] == "fastvae: stopped" and "Traceback" not in err
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("way", ["script", "module", "other program"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, way):
+    stub = tmp_path / "stub" / "torch"
+    stub.mkdir(parents=True)
+    stub.joinpath("__init__.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    script = tmp_path / ("other" if way == "other program" else "fastvae")
+    script.write_text("from fastvae.cli import main\nmain()\n")
+    root = Path(fastvae.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *(["-m", "fastvae"] if way == "module" else [script]), "--help"],
+        env={**os.environ, "PYTHONPATH": f"{stub.parent}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+    )
+    if way == "other program":
+        assert "KeyboardInterrupt" in done.stderr, "who imports fastvae has Ctrl-C as ever"
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "fastvae: stopped\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pipe that closes")
+def test_a_reader_that_goes_away_is_no_error(folder_of_everything):
+    done = subprocess.run(
+        f"{sys.executable} -m fastvae evaluate trained data --json | true; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        cwd=folder_of_everything,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "" and done.stdout in ("1\n", "0\n")
+
+
+def test_a_warning_of_ours_is_a_note(folder_of_everything, run, monkeypatch):
+    from fastvae import cli
+
+    def warn(*_, **__):
+        warnings.warn("evaluate: held_out must hold no clicks of fold_in, got 1 of 2", stacklevel=2)
+        raise ValueError("evaluate: that is all")
+
+    monkeypatch.chdir(folder_of_everything)
+    monkeypatch.setattr(cli, "evaluate", warn)
+    _, _, err = run("evaluate", "trained", "data")
+    assert err == (
+        "evaluate: held_out must hold no clicks of fold_in, got 1 of 2\n"
+        "fastvae: evaluate: that is all\n"
+    )
 
 
 def test_ratings_that_are_no_numbers_are_pointed_out(tmp_path, run):

@@ -148,6 +148,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder(tmp_path):
     assert done.stdout == "whole after every death\n", done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit of file sizes")
+def test_a_disk_that_is_really_full_is_named_with_the_folder(tmp_path):
+    done = run_child("full_disk.py", tmp_path / "data")
+    assert done.stdout == f"[Errno 27] File too large: '{tmp_path}/data'\n", done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def npy(header, body=b""):
     text = str(header).encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + body
@@ -419,7 +426,9 @@ def test_a_second_writer_of_a_dataset_folder_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_many_writers_leave_a_whole_folder_and_readers_see_one_save_at_a_time(tmp_path):
-    done = run_child("save_at_once.py", tmp_path / "folder", PYTHONWARNINGS="ignore")
+    (tmp_path / "here").mkdir()
+    arguments = tmp_path / "here" / "folder", tmp_path / "end"
+    done = run_child("save_at_once.py", *arguments, PYTHONWARNINGS="ignore")
     assert done.stdout == "one dataset at a time\n", done.stderr
 
 

@@ -8,7 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+<<<<<<< HEAD
 from helpers import Fixed, Labelled
+=======
+from helpers import Fixed, run_child
+>>>>>>> f114024 (Full disks and Ctrl-C are one line everywhere: in Parquet, while torch is imported, in every command)
 
 from fastvae.clicks import Clicks
 from fastvae.evaluate import Popularity
@@ -211,6 +215,15 @@ def test_no_users_give_a_file_without_rows(tmp_path):
     blocks = recommend_blocks(Fixed(1.0, 2.0), [], items=["a", "b"])
     assert write_recommendations(tmp_path / "top.csv", [], blocks) == 0
     assert (tmp_path / "top.csv").read_bytes() == b"user,rank,item,score\r\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit of file sizes")
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_full_disk_is_one_line_with_the_files_name(tmp_path, suffix):
+    path = tmp_path / f"top.{suffix}"
+    done = run_child("full_disk.py", path)
+    assert done.stdout == f"[Errno 27] File too large: '{path}'\n", done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_parquet_without_polars(found, tmp_path, monkeypatch):

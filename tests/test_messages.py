@@ -8,8 +8,9 @@ FORM = re.compile(r"^[\w{}]+: .+ must .+, got .+", re.DOTALL)
 
 # messages of another form, each with its reason
 EXCEPTIONS = {
-    # printed behind "fastvae: ", which is their place: several commands have this option or argument
+    # printed with the command's name in front: several have this option or argument
     "run must be a run folder or a checkpoint, got nothing at {run}; fastvae train writes one",
+    "run must be a run folder or a checkpoint, got {got} at {run}; the run comes first",
     "device must be cpu or cuda, got {name}",
     "device must be cpu where torch finds no GPU, got {name}",
     # the two sides of a comparison, neither of which is an argument that could be mended
