@@ -127,7 +127,8 @@ def load_model(
         raise ValueError(
             f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})"
         ) from error
-    model.to_empty(device="cpu")
+    # float32 whatever torch's default is
+    model.float().to_empty(device="cpu")
     model.load_state_dict(weights)
     return model.eval(), items
 

@@ -66,7 +66,8 @@ def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
 def epoch_order(n_users: int, seed: int, epoch: int) -> tuple[Tensor, int]:
     """Row ids of an epoch (counted from 0) in its order, and the seed of its dropout and noise."""
     order_seed, draw_seed = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
-    return torch.randperm(n_users, generator=torch.Generator().manual_seed(order_seed)), draw_seed
+    generator = torch.Generator("cpu").manual_seed(order_seed)
+    return torch.randperm(n_users, generator=generator, device="cpu"), draw_seed
 
 
 @dataclass

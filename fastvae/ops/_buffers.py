@@ -24,11 +24,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Like torch.empty on the CPU, from recycled memory where some is free."""
     numel = math.prod(shape)
     if _use_count is None or not MIN_BYTES <= numel * dtype.itemsize <= MAX_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with _lock:
         storage = _take(numel, dtype).untyped_storage()
         # set_ makes a tensor of its own on the storage: as long as it lives, the memory counts as held
-        buffer = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+        buffer = torch.empty(0, dtype=dtype, device="cpu")
+        buffer.set_(storage, 0, shape)  # type: ignore[call-overload]
     if torch.are_deterministic_algorithms_enabled():
         # torch.empty fills likewise then, which shows a store that was forgotten
         buffer.fill_(math.nan)
@@ -44,7 +45,7 @@ def _take(numel: int, dtype: torch.dtype) -> Tensor:
             del kept[n]
             break
     else:
-        buffer = torch.empty(numel, dtype=dtype)
+        buffer = torch.empty(numel, dtype=dtype, device="cpu")
     kept.append(buffer)
     del kept[:-KEPT_PER_DTYPE]  # the longest unused ones; whoever holds their memory keeps it
     return buffer

@@ -59,7 +59,7 @@ def exp_rows(
     targets = Rows(csr, total)
     _logits(hidden, weight, d)
     peak, highest = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
-    clicked = torch.empty(len(targets.item), dtype=total)
+    clicked = hidden.new_empty(len(targets.item), dtype=total)
     flat = targets.user * n_items + targets.item
     for block in row_blocks(d):
         first, last = int(targets.offsets[block.start]), int(targets.offsets[block.stop])
@@ -100,9 +100,9 @@ class Gradients:
     ):  # fmt: skip
         self.hidden, self.weight = hidden, weight
         total = sum_dtype(weight.dtype)
-        self.dhidden = torch.empty(hidden.shape, dtype=hidden.dtype) if needs[0] else None
+        self.dhidden = hidden.new_empty(hidden.shape) if needs[0] else None
         self.dweight = _buffers.empty(tuple(weight.shape), weight_dtype) if needs[1] else None
-        self.dbias = torch.zeros(n_items, dtype=total) if needs[2] else None
+        self.dbias = hidden.new_zeros(n_items, dtype=total) if needs[2] else None
 
     def add(self, part: slice, d: Tensor, v: Tensor, dnll: Tensor) -> None:
         """Take a range of the users along; d and v from exp_rows, dnll of the range."""

@@ -54,11 +54,11 @@ class Rows:
         """s[u] = 1 / (||x[u]|| (1 - dropout)); 0 for a row without clicks and at dropout 1."""
         lengths = self.offsets.diff()
         if not normalize:
-            scale = torch.ones(len(lengths), dtype=self.dtype)
+            scale = lengths.new_ones(len(lengths), dtype=self.dtype)
         elif self.value is None:
             scale = lengths.to(self.dtype).rsqrt()
         else:
-            squares = torch.zeros(len(lengths), dtype=self.dtype)
+            squares = lengths.new_zeros(len(lengths), dtype=self.dtype)
             scale = squares.index_add_(0, self.user, self.value.square()).rsqrt()
         scale[lengths == 0] = 0
         return scale / (1 - dropout) if dropout < 1 else torch.zeros_like(scale)

@@ -175,7 +175,7 @@ def _clicks_of(part: slice, csr: Csr) -> Csr:
     indptr, indices, values, rows = csr
     if rows is None:
         # as a choice of rows, for which offsets need not start with 0
-        rows = torch.arange(len(indptr) - 1)
+        rows = torch.arange(len(indptr) - 1, device=indptr.device)
     return indptr, indices, values, rows[part]
 
 

@@ -67,7 +67,7 @@ def _dencoded_cpu(
 ) -> Tensor:
     """dencoded [n_users, 2 n_latent] from the gradients of z and kld; None stands for zeros."""
     mu, logvar = encoded.to(sum_dtype(encoded.dtype)).contiguous().chunk(2, dim=1)
-    grad = torch.empty(encoded.shape, dtype=mu.dtype)
+    grad = mu.new_empty(encoded.shape)
     dmu, dlogvar = grad.chunk(2, dim=1)
     dz = mu.new_zeros(()) if dz is None else dz.to(mu.dtype)
     dkld = mu.new_zeros(()) if dkld is None else dkld[:, None]

@@ -158,7 +158,7 @@ def _dweight_cpu(
     item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
     order = torch.argsort(item, stable=True)
     user, coefficient = user[order], coefficient[order].to(dpre.dtype)
-    bounds = torch.zeros(n_items + 1, dtype=torch.int64)
+    bounds = item.new_zeros(n_items + 1)
     torch.cumsum(torch.bincount(item, minlength=n_items), 0, out=bounds[1:])
     grad = _buffers.empty((n_items, dpre.shape[1]), dpre.dtype)
     for start in range(0, n_items, ITEMS_PER_BLOCK):
