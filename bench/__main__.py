@@ -7,7 +7,7 @@ COMMANDS = {
     "ratio": "training steps of fastvae and of the usual ways, side by side",
     "gpu": "on a GPU: its tests, step times at every shape and the tile search, within eight minutes",
     "tune": "search the launch configurations on a GPU and print the table",
-    "report": "write the tables of README.md from bench/results",
+    "report": "write the tables of README.md and docs/measured.md from bench/results",
     "profile": "where a CPU training step spends its time, by operator",
     "memory": "peak memory of training steps by number of items",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",

@@ -1,17 +1,19 @@
-"""Render the README's tables, and two plots, from the committed JSON files.
+"""Render the tables of README.md and docs/measured.md, and two plots, from the committed JSON files.
 
-python -m bench report            writes README.md, bench/results/step_time.png and memory.png
+python -m bench report            writes both pages, bench/results/step_time.png and memory.png
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench.machine import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 
 SHAPES = ("netflix", "ml20m", "msd", "50k")
 STEP_ROWS = {
@@ -24,6 +26,7 @@ STEP_ROWS = {
     "dense-fused-adam": "dense, fused Adam, fp32",
     "dense": "dense, fp32 (what public code does)",
 }
+FIRST_ROWS = ("fastvae-bf16", "fastvae", "dense-compiled-bf16", "dense")  # of README's first screen
 
 
 def read(name: str) -> dict:
@@ -31,7 +34,12 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def step_table() -> str:
+def first_table() -> str:
+    """The step table's rows for the first screen."""
+    return step_table(FIRST_ROWS)
+
+
+def step_table(names: Iterable[str] = tuple(STEP_ROWS)) -> str:
     """Milliseconds per training step and peak memory on a CPU, at ML-20M's shape."""
     result = read("cpu_ml20m")
     rows, machine = result["providers"], result["machine"]
@@ -39,7 +47,8 @@ def step_table() -> str:
         f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | times faster | peak MiB |",
         "| --- | --: | --: | --: |",
     ]
-    for name, text in STEP_ROWS.items():
+    for name in names:
+        text = STEP_ROWS[name]
         if name in rows:
             ratio = rows["dense"]["ms"] / rows[name]["ms"]
             lines.append(
@@ -117,6 +126,7 @@ def quality_table() -> str:
 
 
 TABLES = {
+    "first": first_table,
     "step": step_table,
     "quality": quality_table,
     "peers": peers_table,
@@ -124,13 +134,17 @@ TABLES = {
 }
 
 
+def marks(text: str) -> list[str]:
+    """The names of a page's marked parts."""
+    return re.findall(r"^<!-- bench:(\w+) -->$", text, re.MULTILINE)
+
+
 def render(text: str) -> str:
-    """README's text with each marked part replaced by its table."""
-    for name, table in TABLES.items():
+    """A page's text with each marked part replaced by its table."""
+    for name in marks(text):
         pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"report: README.md must hold the mark <!-- bench:{name} -->")
-        text = pattern.sub(lambda mark, table=table: mark[1] + table() + "\n" + mark[2], text)
+        table = TABLES[name]()
+        text = pattern.sub(lambda mark, table=table: mark[1] + table + "\n" + mark[2], text)
     return text
 
 
@@ -164,6 +178,11 @@ def plots() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Rewrite README.md and draw the plots."""
-    README.write_text(render(README.read_text()))
+    """Rewrite the pages and draw the plots."""
+    pages = {path: path.read_text() for path in PAGES}
+    missing = set(TABLES).difference(*map(marks, pages.values()))
+    if missing:
+        raise SystemExit(f"report: a page must hold the mark <!-- bench:{min(missing)} -->")
+    for path, text in pages.items():
+        path.write_text(render(text))
     plots()

@@ -7,7 +7,7 @@
 
 W is read item-major: an item's n_hidden numbers lie side by side. keep[n] is a function of the seed and of the click's
 position n in the matrix, so backward draws it again and none of it is stored. The bias gradient is dpre.sum(0).
-Math: Liang et al. 2018, section 2.4 (arXiv:1802.05814). Reference: fastvae.reference.sparse_linear.
+Math: Liang et al. 2018, section 2.2 (arXiv:1802.05814). Reference: fastvae.reference.sparse_linear.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""What the documentation shows is run: examples in docstrings, and every command and snippet of the README."""
+"""What the documentation shows is run: examples in docstrings, and every command and snippet of the pages."""
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 import shlex
@@ -32,38 +33,75 @@ def test_there_are_examples():
     assert sum(len(test.examples) for tests in examples for test in tests) > 30
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
-def commands():
-    lines = "".join(blocks("sh")).splitlines()
+def commands(page):
+    lines = "".join(blocks(page, "sh")).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def test_readme_make_and_pip_commands_exist():
-    root = Path(__file__).parent.parent
-    others = [command for command in commands() if command[0] != "fastvae"]
-    assert {command[0] for command in others} == {"make", "pip"}
-    for command in others:
-        if command[0] == "make":
-            planned = subprocess.run(
-                [command[0], "-n", *command[1:]], cwd=root, capture_output=True, text=True
-            )
-            assert planned.returncode == 0 and "fastvae demo" in planned.stdout
+PLANNED = [(page, c) for page in PAGES for c in commands(page) if c[0] != "fastvae"]
+
+
+@pytest.mark.parametrize("page, command", PLANNED, ids=lambda value: "".join(value[:60]))
+def test_commands_that_take_long_exist(page, command):
+    """Those of make, pip and python: each names targets, extras, modules, options and files that are there."""
+    if command[0] == "make":
+        planned = subprocess.run(
+            ["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert planned.returncode == 0 and ".venv/bin/" in planned.stdout
+    elif command[0] == "pip":
+        extras = re.findall(r"\[(\w+)\]", command[-1])
+        assert extras == ["cli"] and "\ncli = [" in (ROOT / "pyproject.toml").read_text()
+    else:
+        assert command[:2] == ["python", "-m"], command
+        assert_module_takes(command[2], command[3:])
+
+
+def assert_module_takes(name, arguments):
+    assert importlib.util.find_spec(name) is not None
+    if ">" in arguments:
+        arguments, into = arguments[: arguments.index(">")], arguments[-1]
+        assert (ROOT / into).is_file(), into
+    if name == "pytest":
+        files = [argument for argument in arguments if argument.startswith(("tests", "bench"))]
+        assert files and all(list(ROOT.glob(file)) for file in files), arguments
+    elif name == "bench":
+        from bench.__main__ import COMMANDS
+
+        module = importlib.import_module(f"bench.{arguments[0]}")
+        assert arguments[0] in COMMANDS
+        if hasattr(module, "argparse"):
+            # wrong options and choices are refused before --help is answered
+            with pytest.raises(SystemExit) as end:
+                module.main([*arguments[1:], "--help"])
+            assert end.value.code == 0
         else:
-            extras = re.findall(r"\[(\w+)\]", command[-1])
-            assert extras == ["cli"] and "\ncli = [" in (root / "pyproject.toml").read_text()
+            assert arguments[1:] == []
+    else:
+        assert arguments == []
 
 
 @pytest.mark.slow
-def test_readme_commands_and_snippets_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_snippets_run(page, tmp_path, monkeypatch):
+    """In the order of the page, the commands first."""
     pytest.importorskip("polars")
-    from fastvae import cli
-
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     lines = ["userId,movieId,rating"]
@@ -73,33 +111,89 @@ def test_readme_commands_and_snippets_run(tmp_path, monkeypatch):
         for i in rng.choice(40, 12, replace=False)
     ]
     Path("clicks.csv").write_text("\n".join(lines) + "\n")
-    for command in commands():
+    for command in commands(page):
         if command[0] == "fastvae":
-            monkeypatch.setattr(sys, "argv", command)
-            code = 0
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code
-            assert not code, command
-    for name in ("run/best.pt", "run/curve.png", "top.csv", "top.jsonl"):
+            assert not exit_code(command, monkeypatch), command
+    names: dict = {}
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page, "exec"), names)
+    for name in WRITTEN.get(page, ()):
         assert Path(name).stat().st_size > 0, name
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) >= 6
-    snippets = blocks("python")
-    assert len(snippets) == 2
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert len(snippets[1].strip().splitlines()) <= 18
 
 
-def test_readme_tables_are_the_committed_results():
-    from bench.report import render
+# what a reader then looks for
+WRITTEN = {
+    "README.md": ("run/best.pt", "run/curve.png", "first/best.pt", "top.csv", "top.jsonl"),
+    "docs/cli.md": (
+        "counted/ids.npz", "thinned/info.json", "run/config.json", "run/metrics.jsonl", "run/last.pt",
+        "dae/best.pt", "small/best.pt", "top.csv", "top.jsonl", "seen.parquet",
+    ),
+}  # fmt: skip
 
-    assert render(README) == README
+
+def exit_code(command, monkeypatch):
+    from fastvae import cli
+
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
-def test_readme_is_short_and_its_links_lead_somewhere():
-    lines = README.splitlines()
-    assert len(lines) <= 200
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+def test_every_page_with_files_to_look_for_is_there():
+    assert set(WRITTEN) < set(PAGES)
+
+
+def test_tables_are_the_committed_results():
+    from bench import report
+
+    tables = []
+    for path in report.PAGES:
+        text = PAGES[path.relative_to(ROOT).as_posix()]
+        assert report.render(text) == text, path
+        tables += report.marks(text)
+    assert sorted(tables) == sorted(report.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_the_readme_is_short_and_its_first_screen_shows_it_all():
+    assert len(README.splitlines()) < 150
+    first = README[: README.index("## Install")]
+    shown = [line for line in first.splitlines() if not line.startswith(("<!--", "```"))]
+    assert len(shown) <= 25
+    assert "bench:" in first and "make demo" in first and "Where things are" in first
+    call = blocks("README.md", "python")[0]
+    assert call in first and len(call.splitlines()) == 5
+
+
+def test_where_things_are_names_every_module_once():
+    """Those with a leading underscore are found from the others; the ops and the kernels are folders."""
+    table = README[README.index("## Where things are") :]
+    first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
+    named = [Path(name).name for name in re.findall(r"`([\w/]+\.py)`", first_cells)]
+    modules = [path.name for path in (ROOT / "fastvae").glob("[a-z]*.py")]
+    assert sorted(named) == sorted(modules)
+
+
+def test_one_name_leads_from_the_readme_to_the_line_that_reads_a_weight_row():
+    """The README's three hops by the name sparse_linear, walked."""
+    hops = re.findall(r"^\d\. (.*)$", README[: README.index("**`linear_multinomial_nll`")], re.M)
+    assert len(hops) == 3 and all("sparse_linear" in hop for hop in hops)
+    files = [re.findall(r"\]\((\S+\.py)\)", hop) for hop in hops]
+    sources = [(ROOT / file).read_text() for (file,) in files[:2]]
+    assert files[2] == [] and "in the same file" in hops[2]
+    sources.append(sources[1])
+    for hop, source in zip(hops, sources, strict=True):
+        for name in re.findall(r"`(_?sparse_linear\w*)`", hop):
+            assert f"\ndef {name}(" in source, name
+    (line,) = re.findall(r"`(weight = tl\.load\([^`]*), \.\.\.\)`", hops[2])
+    kernel = sources[2][sources[2].index("\ndef _sparse_linear_fwd_kernel(") :]
+    assert line in kernel[: kernel.index("\n@triton.jit")]
