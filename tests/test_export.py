@@ -8,11 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from helpers import Fixed, Labelled
-=======
-from helpers import Fixed, run_child
->>>>>>> f114024 (Full disks and Ctrl-C are one line everywhere: in Parquet, while torch is imported, in every command)
+from helpers import Fixed, Labelled, run_child
 
 from fastvae.clicks import Clicks
 from fastvae.evaluate import Popularity
