@@ -267,6 +267,8 @@ def main() -> None:
         with warnings.catch_warnings(), group.make_context("fastvae", sys.argv[1:]) as context:
             warnings.showwarning = _note_warning
             group.invoke(context)
+            # here, where a full disk behind > is told as any other
+            sys.stdout.flush()
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except KeyboardInterrupt as interrupt:

@@ -51,8 +51,9 @@ def note_doubts(log: Events) -> None:
             f"the {role}s are column {columns[role]} ({len(ids):,} ids, such as {_shown(ids)})"
             for role, ids in (("user", log.users), ("item", log.items))
         )
+        rating = f", the ratings are column {columns['rating']}" if "rating" in columns else ""
         note(
-            f"{source['file']} has no header: {users}, {items}; --user and --item name other columns"
+            f"{source['file']} has no header: {users}, {items}{rating}; --user and --item name other columns"
         )
     for label in source.get("labels_of_0", ()):
         note(
@@ -69,6 +70,11 @@ def note_doubts(log: Events) -> None:
         note(
             f"{source['quoted_ids']:,} ids keep the quotes around them, which are part of an id where the columns "
             "are separated by tabs or ::, and single quotes everywhere"
+        )
+    if source.get("ids_with_spaces"):
+        note(
+            f"{source['ids_with_spaces']:,} ids have spaces around them, which are part of an id; "
+            "another log must have them too"
         )
     _note_line_ends(source)
     if source.get("kept_without_a_number"):

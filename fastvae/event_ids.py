@@ -88,3 +88,8 @@ def suspects(role: str, words: list[str], ids: Any, n_events_of: Any) -> list[di
 def n_quoted(ids: Any) -> int:
     """How many of the ids stand in quotes that belong to them."""
     return int(ids.str.contains(r"""^(".*"|'.*')$""").sum())
+
+
+def n_spaced(ids: Any) -> int:
+    """How many of the ids begin or end with white space that belongs to them."""
+    return int((ids.str.strip_chars() != ids).sum())

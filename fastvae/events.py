@@ -13,7 +13,7 @@ import numpy as np
 
 from ._checks import check_number
 from .clicks import Clicks
-from .event_ids import check_guessed, n_quoted, no_ids, suspects
+from .event_ids import check_guessed, n_quoted, n_spaced, no_ids, suspects
 from .event_table import Table, import_polars, open_table
 
 # why an event is not in the dataset, in the order of the questions: the first yes counts
@@ -78,7 +78,7 @@ def read_events(
     not matter.
 
     info["source"] holds what may have been meant otherwise: perhaps_no_ids, labels_of_0 (columns such as is_click
-    that were not asked for), quoted_ids, line_ends_in_ids, kept_without_a_number. The command says these aloud.
+    that were not asked for), quoted_ids, ids_with_spaces, line_ends_in_ids, kept_without_a_number. The command says these aloud.
     Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
     in a column that was taken for ids by its place; ImportError without polars.
     """
@@ -113,6 +113,7 @@ def read_events(
         "kept_without_a_number": int(kept["odd"].sum()),
         "labels_of_0": _labels_of_0(pl, table, columns),
         "quoted_ids": sum(n_quoted(ids[role]) for role in _ROLES),
+        "ids_with_spaces": sum(n_spaced(ids[role]) for role in _ROLES),
     }
     info = {
         "n_events": len(frame),

@@ -169,7 +169,9 @@ class RunFolder:
         axis = figure.subplots()
         epoch = [row["epoch"] for row in history]
         axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
-        axis.set(xlabel="epoch", title=f"{self.config['model']}, {self.path.name}")
+        axis.set(xlabel="epoch")
+        # a folder's name may hold $, which is no formula
+        axis.set_title(f"{self.config['model']}, {self.path.name}", parse_math=False)
         axis.set_ylabel("training loss (nats per user)", color="tab:blue")
         if METRIC in history[0]:
             right = axis.twinx()

@@ -702,6 +702,20 @@ def test_a_reader_that_goes_away_is_no_error(folder_of_everything):
     assert done.stderr == "" and done.stdout in ("1\n", "0\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_results_that_do_not_fit_on_the_disk_are_an_error(folder_of_everything):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastvae", "evaluate", "trained", "data", "--json"],
+            cwd=folder_of_everything,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "fastvae: [Errno 28] No space left on device\n"
+
+
 def test_a_warning_of_ours_is_a_note(folder_of_everything, run, monkeypatch):
     from fastvae import cli
 

@@ -26,6 +26,10 @@ NOTES = {
         "no_header.csv has no header: the users are column 1 (2 ids, such as '7'), the items are column 2 "
         "(1 ids, such as 'i7'); --user and --item name other columns\n",
     ),
+    "spaces.csv": (
+        "user,item\nu, a\nv,b\n",
+        "1 ids have spaces around them, which are part of an id; another log must have them too\n",
+    ),
     "impressions.csv": (
         "user,item,is_click\nu,a,1\nu,b,0\nv,a,0\n",
         "column 'is_click' says no for 2 of 3 events, which were read as clicks all the same; "
@@ -63,6 +67,12 @@ def test_what_may_have_been_meant_otherwise_is_said(tmp_path, capsys, console, n
     console.note_doubts(read_events(write(tmp_path, name, content)))
     printed = capsys.readouterr()
     assert printed.err == note and printed.out == ""
+
+
+def test_the_column_of_ratings_is_shown_too(tmp_path, capsys, console):
+    path = write(tmp_path, "log.csv", "7,i7,5\n8,i7,4\n")
+    console.note_doubts(read_events(path, min_rating=5))
+    assert "the ratings are column 3; --user and --item" in capsys.readouterr().err
 
 
 def test_names_are_never_markup(tmp_path, capsys, console):

@@ -221,6 +221,12 @@ def test_a_run_without_its_best_checkpoint_is_refused_before_it_trains(tmp_path,
         fit(model(), train, validation, epochs=2, run_dir=tmp_path / "run", resume=True)
 
 
+def test_the_name_of_a_run_folder_is_no_formula(tmp_path):
+    run = tmp_path / "a$x_{$"
+    fit(model(), learnable()[0], epochs=1, run_dir=run)
+    assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_model_has_its_best_weights_even_where_the_curve_cannot_be_drawn(tmp_path):
     train, validation = learnable()
     net, run = model(), tmp_path / "run"
