@@ -164,6 +164,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (folder / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, "bench/NOTES.md"])
+def test_files_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:fastvae|kernels|bench|tests|docs)/[\w./]+\.\w+", text)
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_the_readme_is_short_and_its_first_screen_shows_it_all():
     assert len(README.splitlines()) < 150
     first = README[: README.index("## Install")]
