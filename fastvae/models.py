@@ -341,8 +341,15 @@ def vae_loss_fn(
     if isinstance(inp, Clicks):
         nll = multinomial_nll(out, inp)
     else:
-        nll = -(F.log_softmax(out, dim=1) * inp).sum(1)
+        nll = _dense_nll(inp, out)
     return _mean_loss(nll, _kld(mu, logvar), anneal)
+
+
+def _dense_nll(x: Tensor, logits: Tensor) -> Tensor:
+    # 0 * -inf counts 0; a row of -inf alone, which has no softmax, costs inf where x > 0 and has no gradient
+    dead = (logits == -torch.inf).all(1, keepdim=True)
+    log_p = F.log_softmax(logits.masked_fill(dead, 0), dim=1).masked_fill(dead, -torch.inf)
+    return -(log_p.masked_fill((x == 0) & (log_p == -torch.inf), 0) * x).sum(1)
 
 
 def _kld(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ SMALLEST = tl.constexpr(1e-30)
 
 @triton.jit
 def store_results(results_ptr, u, n_clicks, total, nll):
-    """Store nll[u], and v[u] behind all nll; without clicks both are 0, though all logits be -inf."""
+    """Store nll[u], and v[u] behind all nll; without clicks both are 0, though all logits be -inf; a click costs inf then."""
     has_clicks = n_clicks > 0.0
+    nll = tl.where(total == 0.0, float("inf"), nll)
+    total = tl.where(total == 0.0, 1.0, total)
     tl.store(results_ptr + u, tl.where(has_clicks, nll, 0.0))
     tl.store(results_ptr + tl.num_programs(0) + u, tl.where(has_clicks, n_clicks / total, 0.0))
 

@@ -89,7 +89,8 @@ def _multinomial_nll_fwd_kernel(
         )
     else:
         peak, total = _sum_exp(row_ptr, 0, n_items, n_items, BLOCK_I)
-    log_total = tl.log(total)
+    # of a row of -inf alone every exponential is 0, and a click costs inf
+    log_total = tl.where(total == 0.0, 0.0, tl.log(total))
 
     # gather the clicked logits; the difference comes first, it is exact where both are large
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)

@@ -69,8 +69,13 @@ def exp_rows(
         torch.take(z, flat[first:last] - block.start * n_items, out=clicked[first:last])
         torch.amax(z, 1, out=peak[block])
         torch.softmax(z, 1, out=z)
+        if (dead := peak[block] == -torch.inf).any():
+            # a row of -inf alone: its exponentials are 0, and a click costs inf
+            z[dead] = 0
+            peak[block].clamp_(min=torch.finfo(total).min)
         # 1 / sum_i exp(logits[u, i] - peak[u])
         torch.amax(z, 1, out=highest[block])
+        highest[block].masked_fill_(dead, 1)
         if d.dtype != total:
             d[block] = z
     n_clicks = targets.n_clicks()

@@ -115,7 +115,10 @@ def _row_statistics(logits: Tensor) -> Tensor:
     for block in row_blocks(logits):
         z = logits[block].to(peak.dtype)
         torch.amax(z, 1, out=peak[block])
-        log_sum[block] = (z - peak[block, None]).exp_().sum(1).log_()
+        # a row of -inf alone has no largest logit: its exponentials are 0, and a click costs inf
+        peak[block].clamp_(min=torch.finfo(peak.dtype).min)
+        total = (z - peak[block, None]).exp_().sum(1)
+        log_sum[block] = torch.where(total == 0, 0, total.log())
     return lse
 
 
