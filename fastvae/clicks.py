@@ -133,7 +133,10 @@ class Clicks:
     @property
     def csr(self) -> Csr:
         """indptr, indices, values and row_ids: the clicks as the ops take them."""
-        return self.indptr, self.indices, self.values, self.row_ids
+        # the kernels read one number after the other, whatever has been put in an attribute's place
+        values = None if self.values is None else self.values.contiguous()
+        row_ids = None if self.row_ids is None else self.row_ids.contiguous()
+        return self.indptr.contiguous(), self.indices.contiguous(), values, row_ids
 
     @property
     def nnz(self) -> int:

@@ -315,3 +315,17 @@ def test_the_padding_of_the_buffer_is_written():
     _, _, d, _ = _LINEAR_MULTINOMIAL_NLL.plain(*args)
     assert d.shape == (5, last_layer.stored_width(N_ITEMS))
     assert not d[:, N_ITEMS:].any()
+
+
+def test_arrays_that_were_put_in_place_strided_are_read_in_order():
+    x, expected = (batch(counts=True, rows=True) for _ in range(2))
+    x.values, x.row_ids, x.indices, x.indptr = (
+        torch.stack((t, t.flip(0)), 1)[:, 0] for t in (x.values, x.row_ids, x.indices, x.indptr)
+    )
+    logits = torch.linspace(-1, 1, 5 * N_ITEMS).reshape(5, N_ITEMS)
+    for call in (
+        lambda x: multinomial_nll(logits, x),
+        lambda x: linear_multinomial_nll(logits[:, :8], logits.t()[:, [0] * 8], None, x),
+        lambda x: sparse_linear(x, logits),
+    ):
+        torch.testing.assert_close(call(x), call(expected))
