@@ -212,14 +212,19 @@ def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"clicks": None}, TypeError, "linear_multinomial_nll: clicks must be Clicks, got NoneType; pass Clicks.from_matrix(x)"),
-        ({"hidden": torch.ones(3, 4)}, ValueError, "linear_multinomial_nll: hidden must have shape [2, any], got [3, 4]"),
+        ({"clicks": None}, TypeError,
+         "linear_multinomial_nll: clicks must be Clicks, got NoneType; pass Clicks.from_matrix(x)"),
+        ({"hidden": torch.ones(3, 4)}, ValueError,
+         "linear_multinomial_nll: hidden must have shape [2, any], got [3, 4]"),
         ({"weight": torch.ones(6, 5)}, ValueError, "linear_multinomial_nll: weight must have shape [6, 4], got [6, 5]"),
         ({"bias": torch.ones(4)}, ValueError, "linear_multinomial_nll: bias must have shape [6], got [4]"),
-        ({"weight": torch.ones(6, 4).double()}, TypeError, "linear_multinomial_nll: weight must be float32, got float64"),
-        ({"bias": torch.ones(6, device="meta")}, RuntimeError, "linear_multinomial_nll: bias must be on cpu like clicks, got meta"),
+        ({"weight": torch.ones(6, 4).double()}, TypeError,
+         "linear_multinomial_nll: weight must be float32, got float64"),
+        ({"bias": torch.ones(6, device="meta")}, RuntimeError,
+         "linear_multinomial_nll: bias must be on cpu like clicks, got meta"),
         ({"max_bytes": 0}, ValueError, "linear_multinomial_nll: max_bytes must be at least 1, got 0"),
-        ({"reduction": "avg"}, ValueError, "linear_multinomial_nll: reduction must be one of none, sum, mean, got 'avg'"),
+        ({"reduction": "avg"}, ValueError,
+         "linear_multinomial_nll: reduction must be one of none, sum, mean, got 'avg'"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):

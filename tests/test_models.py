@@ -418,10 +418,14 @@ def test_bf16_autocast_is_close_and_finite():
         ((9,), "MultiVAE: p_dims must be a list of whole widths, got 9"),
         (([4, 6.5, 9],), "MultiVAE: p_dims must be a list of whole widths, got [4, 6.5, 9]"),
         (([4, 9], None, None, "94"), "MultiVAE: q_dims must be a list of whole widths, got '94'"),
-        (([4, 6, 9], [0.5]), "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]; q_dims is the fourth argument"),
+        (([4, 6, 9], [0.5]),
+         "MultiVAE: dropout_enc must hold one probability for each of 2 layers, got [0.5]; q_dims is the "
+         "fourth argument"),
         (([4, 6, 9], ["a", 0]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got ['a', 0]"),
         (([4, 6, 9], [0.5, 2]), "MultiVAE: dropout_enc must hold probabilities from 0 to 1, got [0.5, 2.0]"),
-        (([4, 6, 9], None, [0.0]), "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]; q_dims is the fourth argument"),
+        (([4, 6, 9], None, [0.0]),
+         "MultiVAE: dropout_dec must hold one probability for each of 2 layers, got [0.0]; q_dims is the "
+         "fourth argument"),
         (([4, 6, 9], None, None, [8, 6, 4]), "MultiVAE: q_dims must start with the 9 items of p_dims, got [8, 6, 4]"),
         (([4, 6, 9], None, None, [9, 6, 3]), "MultiVAE: q_dims must end with the 4 latents of p_dims, got [9, 6, 3]"),
     ],
@@ -454,17 +458,22 @@ def test_the_older_words_for_per_click_go_on_working(older, per_click):
 def test_bad_input_is_named():
     model, clicks = MultiVAE([4, 6, 9]), random_clicks([2], 8)
     for call, error, message in [
-        (lambda: model([[1.0]]), TypeError, "MultiVAE: x must be a dense tensor or Clicks, got list; pass Clicks.from_matrix(x)"),
+        (lambda: model([[1.0]]), TypeError,
+         "MultiVAE: x must be a dense tensor or Clicks, got list; pass Clicks.from_matrix(x)"),
         (lambda: model(clicks), ValueError, "MultiVAE: x must have shape [any, 9], got [1, 8]"),
         (lambda: model(torch.ones(9)), ValueError, "MultiVAE: x must have shape [any, 9], got [9]"),
-        (lambda: model.loss(torch.ones(2, 9)), TypeError, "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
+        (lambda: model.loss(torch.ones(2, 9)), TypeError,
+         "loss: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         (lambda: model.loss(clicks), ValueError, "loss: clicks must have the model's 9 items, got 8"),
-        (lambda: model.loss(clicks, normalize="user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
-        (lambda: model.loss(clicks, 0.0, "user"), ValueError, "loss: normalize must be one of none, clicks, got 'user'"),
+        (lambda: model.loss(clicks, normalize="user"), ValueError,
+         "loss: normalize must be one of none, clicks, got 'user'"),
+        (lambda: model.loss(clicks, 0.0, "user"), ValueError,
+         "loss: normalize must be one of none, clicks, got 'user'"),
         (lambda: model.loss(clicks, 0.0, 1), TypeError, "loss: per_click must be True or False, got 1"),
         (lambda: model.loss(clicks, torch.ones(3)), ValueError, "loss: beta must be a scalar, got shape [3]"),
         (lambda: model.loss(clicks, "a"), TypeError, "loss: beta must be a float or a scalar tensor, got str"),
-        (lambda: vae_loss_fn(clicks, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), None), TypeError, "vae_loss_fn: anneal must be a float or a scalar tensor, got NoneType"),
+        (lambda: vae_loss_fn(clicks, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), None), TypeError,
+         "vae_loss_fn: anneal must be a float or a scalar tensor, got NoneType"),
         (lambda: model(torch.ones(1, 9, dtype=torch.complex64)), TypeError, "MultiVAE: x must be real, got complex64"),
     ]:  # fmt: skip
         with pytest.raises(error) as caught:
@@ -483,10 +492,14 @@ def test_vae_loss_fn_names_what_does_not_fit():
     out, mu = torch.zeros(2, 9), torch.zeros(2, 4)
     for arguments, error, message in [
         (([[1.0]], out, mu, mu), TypeError, "inp must be a dense tensor of 2 dimensions or Clicks, got list"),
-        ((out.to_sparse(), out, mu, mu), TypeError, "inp must be a dense tensor of 2 dimensions or Clicks, got a sparse_coo one of shape [2, 9]"),
-        ((out, out[0], mu, mu), TypeError, "out must be a dense tensor of 2 dimensions, got a strided one of shape [9]"),
-        ((out, out, mu[:1], mu[:1]), ValueError, "mu and logvar must have one shape [2, n_latent], got [1, 4] and [1, 4]"),
-        ((out, out, mu, mu[:, :1]), ValueError, "mu and logvar must have one shape [2, n_latent], got [2, 4] and [2, 1]"),
+        ((out.to_sparse(), out, mu, mu), TypeError,
+         "inp must be a dense tensor of 2 dimensions or Clicks, got a sparse_coo one of shape [2, 9]"),
+        ((out, out[0], mu, mu), TypeError,
+         "out must be a dense tensor of 2 dimensions, got a strided one of shape [9]"),
+        ((out, out, mu[:1], mu[:1]), ValueError,
+         "mu and logvar must have one shape [2, n_latent], got [1, 4] and [1, 4]"),
+        ((out, out, mu, mu[:, :1]), ValueError,
+         "mu and logvar must have one shape [2, n_latent], got [2, 4] and [2, 1]"),
     ]:  # fmt: skip
         with pytest.raises(error) as caught:
             vae_loss_fn(*arguments, 0.1)

@@ -146,10 +146,12 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"clicks": torch.ones(2, 6)}, TypeError, "multinomial_nll: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
+        ({"clicks": torch.ones(2, 6)}, TypeError,
+         "multinomial_nll: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         ({"logits": torch.ones(2, 5)}, ValueError, "multinomial_nll: logits must have shape [2, 6], got [2, 5]"),
         ({"logits": torch.ones(2, 6).int()}, TypeError, "multinomial_nll: logits must be floating point, got int32"),
-        ({"logits": torch.ones(2, 6, device="meta")}, RuntimeError, "multinomial_nll: logits must be on cpu like clicks, got meta"),
+        ({"logits": torch.ones(2, 6, device="meta")}, RuntimeError,
+         "multinomial_nll: logits must be on cpu like clicks, got meta"),
         ({"reduction": "avg"}, ValueError, "multinomial_nll: reduction must be one of none, sum, mean, got 'avg'"),
         ({"user_weights": torch.ones(3)}, ValueError, "multinomial_nll: user_weights must have shape [2], got [3]"),
     ],

@@ -124,7 +124,8 @@ def test_opcheck(with_noise):
         (torch.ones(2, 4).int(), None, TypeError, "encoded must be floating point, got int32"),
         (torch.ones(2, 4), torch.ones(2, 4), ValueError, "noise must have shape [2, 2], got [2, 4]"),
         (torch.ones(2, 4).half(), torch.ones(2, 2), TypeError, "noise must be float16, got float32"),
-        (torch.ones(2, 4), torch.ones(2, 2, device="meta"), RuntimeError, "noise must be on cpu like encoded, got meta"),
+        (torch.ones(2, 4), torch.ones(2, 2, device="meta"), RuntimeError,
+         "noise must be on cpu like encoded, got meta"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(encoded, noise, error, message):

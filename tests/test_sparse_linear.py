@@ -189,17 +189,21 @@ def test_second_backward_and_autocast():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"clicks": torch.ones(2, 6)}, TypeError, "sparse_linear: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
+        ({"clicks": torch.ones(2, 6)}, TypeError,
+         "sparse_linear: clicks must be Clicks, got Tensor; pass Clicks.from_matrix(x)"),
         ({"weight": torch.ones(6, 5)}, ValueError, "sparse_linear: weight must have shape [any, 6], got [6, 5]"),
-        ({"weight": torch.ones(6, 6, dtype=torch.int64)}, TypeError, "sparse_linear: weight must be floating point, got int64"),
+        ({"weight": torch.ones(6, 6, dtype=torch.int64)}, TypeError,
+         "sparse_linear: weight must be floating point, got int64"),
         ({"bias": torch.ones(5)}, ValueError, "sparse_linear: bias must have shape [6], got [5]"),
         ({"bias": torch.ones(6).double()}, TypeError, "sparse_linear: bias must be float32, got float64"),
         ({"dropout": 1.5}, ValueError, "sparse_linear: dropout must lie in [0, 1], got 1.5"),
         ({"dropout": 0.5}, ValueError, "sparse_linear: seed must be given where dropout > 0, got None"),
-        ({"dropout": 0.5, "seed": torch.ones(2)}, ValueError, "sparse_linear: seed must be an int64 tensor [1], got float32 [2]"),
+        ({"dropout": 0.5, "seed": torch.ones(2)}, ValueError,
+         "sparse_linear: seed must be an int64 tensor [1], got float32 [2]"),
         ({"dropout": 0.5, "seed": 3}, ValueError, "sparse_linear: seed must be an int64 tensor [1], got 3"),
         ({"weight": np.ones((6, 9), np.float32)}, TypeError, "sparse_linear: weight must be a tensor, got ndarray"),
-        ({"bias": torch.ones(6, device="meta")}, RuntimeError, "sparse_linear: bias must be on cpu like clicks, got meta"),
+        ({"bias": torch.ones(6, device="meta")}, RuntimeError,
+         "sparse_linear: bias must be on cpu like clicks, got meta"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
