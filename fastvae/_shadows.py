@@ -21,8 +21,8 @@ ROWS = 128  # a shadow has a multiple of so many rows: products with a dimension
 class Shadow:
     """The copy of one weight.
 
-    rows  [n_rows, ...] bf16: the weight in the order of its memory, an item-major one as [n_items, n_hidden], and rows of
-          zeros up to a multiple of ROWS
+    rows  [n_rows, ...] bf16: the weight in the order of its memory, an item-major one as [n_items, n_hidden], and
+          rows of zeros up to a multiple of ROWS
     """
 
     def __init__(self, weight: Tensor):

@@ -182,7 +182,10 @@ class Clicks:
     # moving and choosing
 
     def to(self, device: Any, non_blocking: bool = False) -> Clicks:
-        """The same clicks on another device; non_blocking as torch's Tensor.to. Raises: TypeError where device is none."""
+        """The same clicks on another device; non_blocking as torch's Tensor.to.
+
+        Raises: TypeError where device is none.
+        """
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError):

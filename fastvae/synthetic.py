@@ -92,7 +92,7 @@ def _flat_draw(rng: np.random.Generator, popularity: np.ndarray) -> Draw:
 
 
 def _latent_draw(rng: np.random.Generator, popularity: np.ndarray, n_users: int) -> Draw:
-    """15% of the draws are global popularity; else a topic of the user and an item of it; 30% of those hop to a mate."""
+    """15% of the draws are global popularity, the others an item of a topic of the user; 30% of those hop to a mate."""
     n_topics, niche_size, n_items = 20, 12, len(popularity)
     by_niche = rng.permutation(n_items)
     place = np.argsort(by_niche)

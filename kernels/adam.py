@@ -55,7 +55,7 @@ def _update_block(
     start, grad_i, i, mask,
     step_size, root_scale, decays, eps,
 ):  # fmt: skip
-    """Update numbers start + i, with gradients at start + grad_i; mask is None for a whole block, read 16 bytes at a time."""
+    """Update numbers start + i, with gradients at start + grad_i; mask is None for a whole block, read in 16 bytes."""
     # int64 for a block's place, int32 inside it: fewer registers
     weight_ptr += start
     grad_ptr += start

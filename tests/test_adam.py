@@ -1,4 +1,4 @@
-"""Adam: the kernel against torch's own in fp64, on edges of blocks; layouts, states, and shadows and how they go stale."""
+"""Adam: the kernel against torch's own in fp64, on edges of blocks; layouts, states, shadows that go stale."""
 
 import copy
 import io

@@ -215,7 +215,8 @@ FOREIGN = {
     ),
     "other-widths": (
         {"meta": meta(config={"p_dims": [2, 4, 10**12], "q_dims": [10**12, 4, 2]}), "model": model().state_dict()},
-        "must fit MultiVAE or MultiDAE, got another model (encode.q_layers.linear_0.weight is [4, 5], not [4, 1000000000000])",
+        "must fit MultiVAE or MultiDAE, got another model "
+        "(encode.q_layers.linear_0.weight is [4, 5], not [4, 1000000000000])",
     ),
     "many-layers": (
         {"meta": meta(config={"p_dims": [1] * 10**5, "q_dims": [1] * 10**5}), "model": model().state_dict()},
@@ -318,7 +319,8 @@ def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
     with zipfile.ZipFile(path) as archive:
         member = next(m for m in archive.infolist() if m.filename.endswith("data/0"))
     content = bytearray(path.read_bytes())
-    first = content.index(model().encode.q_layers.layer(0).weight.t().contiguous().detach().numpy().tobytes()[:4], member.header_offset)  # fmt: skip
+    weight = model().encode.q_layers.layer(0).weight.detach().t().contiguous()
+    first = content.index(weight.numpy().tobytes()[:4], member.header_offset)
     content[first + 3] ^= 0x40
     path.write_bytes(content)
     with pytest.raises(ValueError, match="must be a whole checkpoint of tensors and JSON"):
@@ -415,7 +417,8 @@ def test_moments_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         resume(tmp_path)
     assert str(caught.value) == (
-        f"fit: {path} must hold the state of this run, got another file (Adam: exp_avg must have its weight's shape [4], got [3, 3])"
+        f"fit: {path} must hold the state of this run, got another file "
+        "(Adam: exp_avg must have its weight's shape [4], got [3, 3])"
     )
 
 

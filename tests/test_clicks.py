@@ -290,7 +290,8 @@ def test_bad_containers_rows_and_pairs_are_named():
          "Clicks: values must be real numbers, got object"),
         (lambda: Clicks.from_matrix(torch.ones(2, 2, dtype=torch.complex64)), TypeError,
          "Clicks: values must be real numbers, got complex64"),
-        (lambda: Clicks.from_matrix(torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (2, 2), check_invariants=True)), ValueError,
+        (lambda: Clicks.from_matrix(
+            torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (2, 2), check_invariants=True)), ValueError,
          "Clicks: x must hold numbers, got vectors of shape [2]"),
         (lambda: Clicks([0, 3], [0, 0, 0], [1e12] * 3, 2), ValueError,
          "Clicks: values must be 0 or lie in [1e-12, 1e+12], got 3000000000000.0 at row 0, position 0"),

@@ -55,7 +55,8 @@ NOTES = {
     ),
     "comma.csv": (
         "user;item;rating\nu;a;4,5\n",
-        "1 events have a rating that is not a number and were kept as clicks; with --min-rating they would be dropped\n",
+        "1 events have a rating that is not a number and were kept as clicks; "
+        "with --min-rating they would be dropped\n",
     ),
     "plain.csv": ("user,item,rating\nu,a,4\n", ""),
 }

@@ -260,13 +260,16 @@ BAD_FILES = {
 
 
 FORMAT = "events: file must be CSV, TSV, .inter or Parquet, got "
-FEWER = "events: file must have as many fields on each line as on the first where it has no header, got fewer fields on "
+FEWER = (
+    "events: file must have as many fields on each line as on the first where it has no header, "
+    "got fewer fields on "
+)
 OTHER_FORMATS = {
     # a movie's number, then its lines of user, rating, date
     "netflix.txt": (
         "1:\n1488844,3,2005-09-06\n822109,5,2005-05-13\n2:\n",
-        FORMAT
-        + "an item alone on the first line, as in the Netflix Prize in netflix.txt; write the item on each of its lines",
+        FORMAT + "an item alone on the first line, as in the Netflix Prize in netflix.txt; "
+        "write the item on each of its lines",
     ),
     "lines.jsonl": (
         '{"user": 1, "item": 2}\n',
@@ -386,7 +389,8 @@ def test_parquet_decimals_and_uuids_are_written_as_people_write_them(tmp_path):
     with pytest.raises(ValueError) as error:
         read_events(path, user="digest")
     assert str(error.value) == (
-        "events: file must be a well-formed table, got events.parquet: 'digest' of bytes that are neither text nor UUIDs"
+        "events: file must be a well-formed table, got events.parquet: "
+        "'digest' of bytes that are neither text nor UUIDs"
     )
 
 

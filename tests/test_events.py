@@ -189,7 +189,9 @@ def test_whether_there_is_a_header_is_in_the_info(tmp_path):
 # words for no id
 
 
-@pytest.mark.parametrize("word", ["NA", "NULL", "None", "nan", "\\N", "N/A", " null ", "<NA>", "undefined"])  # fmt: skip
+@pytest.mark.parametrize(
+    "word", ["NA", "NULL", "None", "nan", "\\N", "N/A", " null ", "<NA>", "undefined"]
+)
 @pytest.mark.parametrize("role", ["user", "item"])
 def test_a_word_for_no_id_is_missing_where_all_other_ids_have_digits(tmp_path, role, word):
     rows = [("u1", "i1"), ("u2", "i2"), ("u2", "i1")]

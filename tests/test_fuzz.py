@@ -77,7 +77,8 @@ def damaged(draw, whole):
 def parquet():
     pl = pytest.importorskip("polars")
     buffer = io.BytesIO()
-    pl.DataFrame({"user": ["u", "v", "w"], "item": [1, 2, 1], "rating": [4.0, None, 2.0]}).write_parquet(buffer)  # fmt: skip
+    log = {"user": ["u", "v", "w"], "item": [1, 2, 1], "rating": [4.0, None, 2.0]}
+    pl.DataFrame(log).write_parquet(buffer)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The models' middle layers on a GPU under autocast: as accurate as torch's, in fewer launches; torch's own elsewhere."""
+"""The models' middle layers on a GPU under autocast: as accurate as torch's, in fewer launches; elsewhere torch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the tests of training share: clicks that can be learned, a small model, its weights, and validation by decree."""
+"""What the tests of training share: clicks that can be learned, a small model, its weights, decreed validation."""
 
 import numpy as np
 import torch

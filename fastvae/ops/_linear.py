@@ -1,7 +1,7 @@
 """A middle layer of the models on a GPU under autocast, in one dtype.
 
-torch's own nn.Linear casts weight and bias anew at each call and its gradients back to fp32, each cast a launch: here the
-products give fp32 gradients by themselves.
+torch's own nn.Linear casts weight and bias anew at each call and its gradients back to fp32, each cast a launch: here
+the products give fp32 gradients by themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def linear(layer: nn.Linear, h: Tensor, tanh: bool) -> Tensor:
 
 
 def is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of module is kind's forward and nothing else, so that its weights may be read instead of calling it.
+    """Whether a call of module is kind's forward and nothing else, so that its weights may be read instead.
 
     Not so with another forward (LoRA, quantisation) and with hooks, which may change what comes out (pruning).
     """

@@ -1,7 +1,7 @@
 """linear_multinomial_nll: the last layer and log-softmax x clicks in one op; logits never leave it.
 
-CUDA tensors take the Triton kernels of fastvae.kernels.linear_multinomial_nll. CPU tensors take the functions below. Both
-keep one [n_users, n_items] buffer, of scaled exponentials
+CUDA tensors take the Triton kernels of fastvae.kernels.linear_multinomial_nll. CPU tensors take the functions below.
+Both keep one [n_users, n_items] buffer, of scaled exponentials
 
     D[u, i] = exp(logits[u, i] - k[u]) - x[u, i] / v[u],    v[u] = N_u / sum_i exp(logits[u, i] - k[u])
 
@@ -62,8 +62,9 @@ def linear_multinomial_nll(
     max_bytes     of the [n_users, n_items] buffer; above it the backward computes it anew in chunks of users
     returns       [n_users] or a scalar; fp32 (fp64 for fp64 input), nats
 
-    Differentiable, in reverse mode and once, in hidden, weight, bias and user_weights. Under autocast the products run
-    in its dtype with fp32 sums, and hidden, weight and bias may each have any dtype. The CPU path computes fp16 in fp32.
+    Differentiable, in reverse mode and once, in hidden, weight, bias and user_weights. Under autocast the products
+    run in its dtype with fp32 sums, and hidden, weight and bias may each have any dtype. The CPU path computes fp16 in
+    fp32.
     Raises: TypeError (clicks, dtypes), ValueError (shapes, reduction), RuntimeError (mixed devices).
     Source: Liang et al. 2018 (arXiv:1802.05814), eq. 2; reference: fastvae.reference.linear_multinomial_nll.
     """
@@ -194,8 +195,8 @@ def _linear_multinomial_nll_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll [n_users]; for the backward v [n_users], D [n_users, stored width], and the weight as it was multiplied.
 
-    cast is the weight in compute's dtype as cast_weight gives it, where somebody has it. D has no rows where no gradient
-    is needed or it would be over max_bytes; the weight is empty where nothing was cast here.
+    cast is the weight in compute's dtype as cast_weight gives it, where somebody has it. D has no rows where no
+    gradient is needed or it would be over max_bytes; the weight is empty where nothing was cast here.
     """
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):

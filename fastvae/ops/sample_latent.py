@@ -26,7 +26,8 @@ def sample_latent(encoded: Tensor, noise: Tensor | None = None) -> tuple[Tensor,
     noise    [n_users, n_latent]    encoded's dtype: a standard normal draw, or None for z = mu
     returns  z [n_users, n_latent] in encoded's dtype; kld [n_users] in nats, fp32 (fp64 for fp64 input)
 
-    Differentiable in encoded, by z and by kld. Half precision is computed in fp32 and rounded once; autocast changes nothing.
+    Differentiable in encoded, by z and by kld. Half precision is computed in fp32 and rounded once; autocast changes
+    nothing.
     Raises: TypeError (dtypes), ValueError (shapes), RuntimeError (mixed devices).
     Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sample_latent.
     """

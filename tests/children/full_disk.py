@@ -1,4 +1,4 @@
-"""Writes a dataset folder or a file of recommendations where no file may be larger than 2,000 bytes; prints the error."""
+"""Writes a dataset folder or recommendations where no file may be larger than 2,000 bytes; prints the error."""
 
 import resource
 import signal

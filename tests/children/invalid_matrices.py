@@ -85,7 +85,9 @@ CASES = {
     "scipy csr large": lambda: scipy(sp.csr_matrix, LARGE, range(3), (200_000, 5)),
     "scipy csc falls": lambda: scipy(sp.csc_matrix, [0, 3, 2, 2, 2, 2]),
     "scipy csc row": lambda: scipy(sp.csc_matrix, [0, 1, 2, 2, 2, 2], [0, 9]),
-    "scipy bsr column": lambda: changed(sp.bsr_array(np.ones((2, 4)), blocksize=(1, 2)), indices=np.array([0, 9, 0, 1])),
+    "scipy bsr column": lambda: changed(
+        sp.bsr_array(np.ones((2, 4)), blocksize=(1, 2)), indices=np.array([0, 9, 0, 1])
+    ),
     "scipy coo row": lambda: coo([0, 3], [0, 1]),
     "scipy coo below 0": lambda: coo([0, -1], [0, 1]),
     "scipy coo lengths": lambda: coo([0, 1, 1], [0, 1, 2]),
