@@ -708,6 +708,7 @@ def test_results_that_do_not_fit_on_the_disk_are_an_error(folder_of_everything):
         done = subprocess.run(
             [sys.executable, "-m", "fastvae", "evaluate", "trained", "data", "--json"],
             cwd=folder_of_everything,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
