@@ -275,15 +275,24 @@ def main() -> None:
         console.note(f"fastvae: {_in_words(str(interrupt) or 'stopped', group, context)}")
         sys.exit(130)
     except BrokenPipeError:
-        # nobody reads on; python would complain once more when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # nobody reads on
+        _forget_output()
         sys.exit(1)
     except UsageError as error:
         _refuse_usage(error, context)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         console.complain(_in_words(text, group, context))
+        _forget_output()
         sys.exit(2)
+
+
+def _forget_output() -> None:
+    """Let what cannot be written go: python would complain once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _note_warning(

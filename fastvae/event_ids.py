@@ -13,7 +13,10 @@ from .event_table import Table, import_polars
 _NO_ID = (
     "na", "n/a", "#n/a", "<na>", "nan", "nat", "nil", "null", "(null)", "none", "undefined", "\\n",
 )  # fmt: skip
-_DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}"
+_DATE = (
+    r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}"
+    r"|(19|20)\d{2}-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])|(19|20)\d{2}-(0[1-9]|1[0-2])"
+)
 _CLOCK = r"\d{1,2}:\d{2}(:\d{2}.*)?"
 _DAY = r"(mon|tue|wed|thu|fri|sat|sun)[a-z]*,? .*\d.*"
 # kind -> what a text of it looks like

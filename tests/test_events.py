@@ -121,6 +121,8 @@ def without_header(kind):
         # yoochoose: session, time, item
         "times_and_fractions_of_seconds": [f"{u},2014-04-07T10:51:{10 + u}.277Z,21453650{u},0" for u in range(12)],
         "american_dates": [f"{u}\t11/{10 + u}/2019 9:05:58 AM\t{u}" for u in range(12)],
+        "compact_dates": [f"{u},201010{10 + u},3" for u in range(12)],
+        "months": [f"{u},2010-{1 + u:02},3" for u in range(12)],
         "days_of_the_week": [f"{u}\tTue Apr 03 18:{10 + u}:09 +0000 2012\t{u}" for u in range(12)],
         "seconds": [f"{u},{1112486027 + 7 * u},3" for u in range(40)],
         "ratings": [f"{u},{u % 5 + 0.5},{u}" for u in range(12)],
@@ -139,6 +141,8 @@ def without_header(kind):
         ("times", "times such as '2010-10-10T23:55:27Z'"),
         ("times_and_fractions_of_seconds", "times such as '2014-04-07T10:51:10.277Z'"),
         ("american_dates", "times such as '11/10/2019 9:05:58 AM'"),
+        ("compact_dates", "times such as '20101010'"),
+        ("months", "times such as '2010-01'"),
         ("days_of_the_week", "times such as 'Tue Apr 03 18:10:09 +0000 2012'"),
         ("seconds", "times such as '1112486027'"),
         ("ratings", "fractions such as '0.5'"),
