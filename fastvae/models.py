@@ -57,7 +57,8 @@ class _Stack(nn.Module):
 
     def layer(self, n: int) -> nn.Linear:
         """linear_n."""
-        return self.get_submodule(f"linear_{n}")  # type: ignore[return-value]
+        # get_submodule, which parses its path, takes 8 us
+        return self._modules[f"linear_{n}"]  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
