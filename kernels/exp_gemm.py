@@ -271,17 +271,17 @@ def exp_gemm(
     (n_users, n_hidden), table = hidden.shape, tiles.of(hidden.device)
     tile = tile or table.gemm_tile(kind, n_users)
     click_tile = table.gathered_clicks if e is None else table.stored_clicks
-    n_tiles_u = triton.cdiv(n_users, tile.block_u)
-    n_tiles_i = triton.cdiv(stored_width(n_items), tile.block_i)
+    n_tiles_u = tiles.cdiv(n_users, tile.block_u)
+    n_tiles_i = tiles.cdiv(stored_width(n_items), tile.block_i)
     n_padded, width = 0 if e is None else e.stride(0), n_tiles_i * tile.block_i
-    step = triton.cdiv(n_items, N_PROBE)
+    step = tiles.cdiv(n_items, N_PROBE)
     # logits of up to N_PROBE items, spread over all
     probe = mm(hidden, weight[:n_items:step].t())
     wide_bias, k, sums = (
         torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for shape in ((width,), (2 * n_users + 1,), (n_users, n_tiles_i))
     )
-    _prepare_kernel[(n_users + triton.cdiv(width, N_PROBE),)](
+    _prepare_kernel[(n_users + tiles.cdiv(width, N_PROBE),)](
         probe, bias,
         k, wide_bias,
         n_users, n_items, probe.shape[1], step, width,

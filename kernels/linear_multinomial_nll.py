@@ -225,13 +225,13 @@ def _scale_hidden(
             hidden, dnll, v,
             scaled, factor,
             dnll.stride(0),
-            N_HIDDEN=n_hidden, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), num_warps=4,
+            N_HIDDEN=n_hidden, WIDTH=width, BLOCK_D=tiles.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
     return scaled, factor
 
 
 def _scaled_width(n_hidden: int, need_bias: bool) -> int:
-    return triton.cdiv(n_hidden + 2, ALIGN) * ALIGN if need_bias else n_hidden
+    return tiles.cdiv(n_hidden + 2, ALIGN) * ALIGN if need_bias else n_hidden
 
 
 class Gradients:

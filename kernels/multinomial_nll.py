@@ -176,7 +176,7 @@ def multinomial_nll_fwd(
     if n_users == 0:
         return nll, lse
     align = _alignment(n_items, logits.stride(0))
-    n_splits = triton.cdiv(n_items, tile.split_i)
+    n_splits = tiles.cdiv(n_items, tile.split_i)
     parts = None
     with tiles.device_guard(logits):
         if n_splits > 1:
@@ -191,7 +191,7 @@ def multinomial_nll_fwd(
             n_items, n_splits,
             logits.stride(0),
             ALIGN=align, BLOCK_I=tile.block_i, BLOCK_NNZ=tile.block_nnz,
-            BLOCK_SPLITS=triton.next_power_of_2(n_splits), num_warps=tile.num_warps,
+            BLOCK_SPLITS=tiles.next_power_of_2(n_splits), num_warps=tile.num_warps,
         )  # fmt: skip
     return nll, lse
 
@@ -219,7 +219,7 @@ def multinomial_nll_bwd(
     if dlogits.numel() == 0:
         return dlogits
     with tiles.device_guard(logits):
-        _multinomial_nll_bwd_kernel[(n_users, triton.cdiv(n_items, tile.split_i))](
+        _multinomial_nll_bwd_kernel[(n_users, tiles.cdiv(n_items, tile.split_i))](
             logits, lse, dnll, *csr,
             dlogits,
             n_items,

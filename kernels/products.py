@@ -8,8 +8,9 @@ fewer than 64 items one more pass over [n_users, n_hidden] (2.4 MB at 500 users)
 """
 
 import torch
-import triton
 from torch import Tensor
+
+from . import tiles
 
 PAD = 128  # the buffer's width is a multiple of this, which aligns every row and tile
 WHOLE = 64  # items: the first piece of a product with an unpadded weight holds a multiple of this
@@ -17,7 +18,7 @@ WHOLE = 64  # items: the first piece of a product with an unpadded weight holds 
 
 def stored_width(n_items: int) -> int:
     """Columns of the buffer; those beyond n_items hold zeros."""
-    return triton.cdiv(n_items, PAD) * PAD
+    return tiles.cdiv(n_items, PAD) * PAD
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,6 @@ Nothing but the inputs is kept for the backward, and neither half is copied out 
 Math: Liang et al. 2018, section 2.2 (arXiv:1802.05814). Reference: fastvae.reference.sample_latent.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -86,10 +84,9 @@ def _sample_latent_bwd_kernel(
     tl.store(dencoded_ptr + mu_offset + N_LATENT, dlogvar, mask=mask)
 
 
-@functools.cache
 def block_of(n_latent: int) -> tuple[int, int]:
     """Latents that a program reads at once, and its warps: 16 bytes of bf16 a thread."""
-    block_d = min(MAX_BLOCK_D, triton.next_power_of_2(max(1, n_latent)))
+    block_d = min(MAX_BLOCK_D, tiles.next_power_of_2(n_latent))
     return block_d, max(1, block_d // 256)
 
 
@@ -129,7 +126,7 @@ def sample_latent_bwd(
     if dencoded.numel() > 0:
         block_d, num_warps = block_of(n_latent)
         with tiles.device_guard(encoded):
-            _sample_latent_bwd_kernel[(n_users, -(-n_latent // block_d))](
+            _sample_latent_bwd_kernel[(n_users, tiles.cdiv(n_latent, block_d))](
                 encoded, noise, dz, dkld,
                 dencoded,
                 0 if dkld is None else dkld.stride(0),

@@ -321,8 +321,8 @@ def _dropout_arguments(seed: Tensor | None, dropout: float) -> tuple[Tensor | No
 
 def _cut(tile: tiles.ClickTile | tiles.ItemTile, n_hidden: int) -> tuple[int, int, int]:
     """Features of a block, blocks of a row, warps of a program: a narrow layer takes a part of the tile."""
-    block_d = min(tile.block_d, triton.next_power_of_2(n_hidden))
-    return block_d, triton.cdiv(n_hidden, block_d), max(1, tile.num_warps * block_d // tile.block_d)
+    block_d = min(tile.block_d, tiles.next_power_of_2(n_hidden))
+    return block_d, tiles.cdiv(n_hidden, block_d), max(1, tile.num_warps * block_d // tile.block_d)
 
 
 def sparse_linear_fwd(
@@ -399,7 +399,7 @@ def sparse_linear_bwd_weight(
             return dweight
         item_tile = item_tile or table.sparse_item
         block_d, n_blocks, num_warps = _cut(item_tile, n_hidden)
-        n_words = triton.cdiv(n_users, 32)
+        n_words = tiles.cdiv(n_users, 32)
         marks = torch.zeros(n_items, n_words, dtype=torch.int32, device=dpre.device)
         indptr, indices, _, rows = csr
         _mark_clicks_kernel[(n_users,)](

@@ -193,6 +193,16 @@ def of(device: torch.device) -> ChipTiles:
     return TABLE[chip_of(device)]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes 4 us a call on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest one that is not below n; triton's takes 4 us a call on the host."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def chip_of(device: torch.device) -> str:
     """Row of the table for a device."""
     return "interpreter" if device.type == "cpu" else _gpu_chip(device.index)
