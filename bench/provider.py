@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 BETA = 0.1
-WARM_UP = (
-    3  # eager steps before a capture, which can neither compile nor allocate an optimiser's state
-)
+# eager steps before a capture, which can neither compile nor allocate an optimiser's state
+WARM_UP = 3
 
 
 class NotTimed(Exception):

@@ -175,10 +175,9 @@ def _check_size(parts: Any, n_bytes: int) -> None:
 
 
 def _tensors(parts: Any) -> Iterator[Tensor]:
-    waiting, seen = (
-        [parts],
-        set(),
-    )  # a list that holds itself, or one list a thousand times, is met once
+    waiting: list[Any] = [parts]
+    # a list that holds itself, or one list a thousand times, is met once
+    seen: set[int] = set()
     while waiting:
         part = waiting.pop()
         if isinstance(part, Tensor):

@@ -3,9 +3,8 @@
 import os
 import signal
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that spin starve one another on a busy machine
+# threads that spin starve one another on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
