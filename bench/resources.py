@@ -31,6 +31,7 @@ from fastvae.kernels import (
     multinomial_nll,
     sample_latent,
     sparse_linear,
+    sparse_linear_dvalues,
     tiles,
 )
 
@@ -142,28 +143,32 @@ def exp_gemm_cases(chip: str) -> Iterator[Case]:
 
 
 def sparse_linear_cases(chip: str) -> Iterator[Case]:
-    """Cases of kernels/sparse_linear.py."""
-    module, no_values = sparse_linear, {"values_ptr": None}
+    """Cases of kernels/sparse_linear.py and kernels/sparse_linear_dvalues.py."""
+    module, row, no_values = sparse_linear, tiles.TABLE[chip], {"values_ptr": None}
     shape = {"N_HIDDEN": N_HIDDEN, "STRIDE_DPRE_U": N_HIDDEN, "STRIDE_DPRE_D": 1}
     shape |= {"NORMALIZE": True, "TANH": True, "TANH_INPUT": False}
     per_click = FixedTile(0, tiles.CLICKS_PER_BLOCK, 4)
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         common = shape | dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr", "dpre_ptr"), f"*{dtype}")
-        forward = tiles.TABLE[chip].sparse_forward[torch_dtype.itemsize]
-        backward = tiles.TABLE[chip].sparse_backward
-        item = tiles.TABLE[chip].sparse_item
-        parts = {"N_PARTS": triton.cdiv(N_HIDDEN, backward.block_d)}
         for detail, more in ((f"{dtype}, values", {}), (dtype, no_values)):
-            arguments = common | parts | more
-            kernel = module._sparse_linear_fwd_kernel
-            yield Case(kernel, detail, forward, arguments)
-            kernel = module._sparse_linear_bwd_weight_kernel
+            arguments = common | more
+            # few users and many differ in how rows are split, not in how a program reads
+            for tile in dict.fromkeys(row.sparse_forward[torch_dtype.itemsize]):
+                name = f"{detail}, splits of {tile.split_nnz}"
+                yield Case(module._sparse_linear_fwd_kernel, name, tile, arguments)
+            kernel, backward = module._sparse_linear_bwd_weight_kernel, row.sparse_backward[0]
             yield Case(kernel, detail, backward, arguments, wide=False, atomics=True)
             kernel = module._sparse_linear_bwd_weight_ordered_kernel
-            yield Case(kernel, detail, item, arguments)
-        yield Case(module._click_products_kernel, dtype, backward, common)
+            yield Case(kernel, detail, row.sparse_item, arguments)
+        for tile in dict.fromkeys(row.sparse_forward[torch_dtype.itemsize]):
+            block_d, num_warps = module.finish_cut(N_HIDDEN)
+            small = tile._replace(block_d=block_d, num_warps=num_warps)
+            detail = f"{dtype}, {tile.n_splits} splits"
+            yield Case(module._sparse_linear_finish_kernel, detail, small, common)
+        yield Case(sparse_linear_dvalues._click_products_kernel, dtype, backward, common)
     yield Case(module._mark_clicks_kernel, "any", per_click, {}, wide=False)
-    yield Case(module._sparse_linear_bwd_values_kernel, "any", per_click, shape, wide=False)
+    kernel = sparse_linear_dvalues._sparse_linear_bwd_values_kernel
+    yield Case(kernel, "any", per_click, shape, wide=False)
 
 
 def sample_latent_cases(chip: str) -> Iterator[Case]:

@@ -82,10 +82,10 @@ def row_tiles(split: int) -> Iterable[tiles.RowTile]:
     return (tiles.RowTile(block_i, split, block_nnz, warps) for block_i, block_nnz, warps in shapes)
 
 
-def click_tiles(block_nnz: tuple[int, ...]) -> Iterable[tiles.ClickTile]:
-    """Tiles of sparse_linear's kernels over the clicks of a user."""
-    shapes = itertools.product(block_nnz, (64, 128, 256), (1, 2, 4, 8))
-    return (tiles.ClickTile(*shape) for shape in shapes)
+def split_tiles(block_nnz: tuple[int, ...], warps: tuple[int, ...]) -> Iterable[tiles.SplitTile]:
+    """Tiles of sparse_linear's kernels over the clicks of a user; every split is a block or four."""
+    shapes = itertools.product(block_nnz, (64, 128, 256), warps, (1, 2, 4, 8, 16), (1, 4))
+    return (tiles.SplitTile(n, d, w, splits, n * blocks) for n, d, w, splits, blocks in shapes)
 
 
 def item_tiles() -> Iterable[tiles.ItemTile]:
@@ -155,10 +155,14 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
                 csr, weight, None, seed, dropout=0.5, normalize=True, tanh=True, tanh_input=False, tile=tile
             )  # fmt: skip
 
-        present = table.sparse_forward[dtype.itemsize]
+        present = table.sparse_forward_tile(dtype, n_users)
         name = f"sparse_linear forward {dtype} {n_users} users".replace("torch.", "")
         search(
-            name, lambda tile, f=forward: f(tile)[0], present, click_tiles((16, 32, 64)), options
+            name,
+            lambda tile, f=forward: f(tile)[0],
+            present,
+            split_tiles((16, 32, 64), (1, 2)),
+            options,
         )
     scale = forward(None)[1]
 
@@ -170,7 +174,7 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
     search(
         f"sparse_linear backward, atomics {n_users} users",
         lambda tile: weight_gradient(False, tile=tile),
-        table.sparse_backward, click_tiles((8, 16, 32)), options,
+        table.sparse_backward_tile(n_users), split_tiles((16, 32), (2, 4)), options,
     )  # fmt: skip
     search(
         f"sparse_linear backward, ordered {n_users} users",

@@ -19,6 +19,13 @@ def n_users_of(csr: Csr) -> int:
     return len(indptr) - 1 if rows is None else len(rows)
 
 
+def check_rows(csr: Csr) -> None:
+    """Refuse row ids that don't lie side by side: a kernel would read other users."""
+    rows = csr[3]
+    if rows is not None and not rows.is_contiguous():
+        raise ValueError(f"kernels: rows must be contiguous, got stride {rows.stride(0)}")
+
+
 @triton.jit
 def row_clicks(u, indptr_ptr, rows_ptr):
     """Where the clicks of the batch's user u begin and end; without rows_ptr user u is matrix row u."""

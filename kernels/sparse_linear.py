@@ -5,8 +5,9 @@
     y[u]  = act(sum_n a[n] * W[i(n), :] + b)   over the clicks n of user u; act = tanh or identity
     dW[i] = sum_n a[n] * dpre[u(n), :]         over the clicks n of item i; dpre = gradient of the sum above
 
-W is read item-major: an item's n_hidden numbers lie side by side. keep[n] is a function of the seed and of the click's
-position n in the matrix, so backward draws it again and none of it is stored. The bias gradient is dpre.sum(0).
+W is read item-major: an item's n_hidden numbers lie side by side. The bias gradient is dpre.sum(0).
+A row has 5 to 5,000 clicks: a long one is split over programs, or it alone would be the time of its batch. The forward's
+programs leave partial sums, which a second kernel adds up in order: the same bits in every run, and nothing to zero.
 Math: Liang et al. 2018, section 2.2 (arXiv:1802.05814). Reference: fastvae.reference.sparse_linear.
 """
 
@@ -16,118 +17,95 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .csr import Csr, click_values, n_users_of, row_clicks
+from .csr import Csr, check_rows, click_values, n_users_of, row_clicks
+from .kept_clicks import (
+    coefficient,
+    cut_features,
+    dropout_arguments,
+    dropout_keep,
+    load_kept,
+    offsets,
+    positions,
+    programs_of,
+    row_and_features,
+    tanh_of,
+)
 
 SMALLEST = tl.constexpr(1.2e-38)  # normal fp32 number that stands for an empty row's squared norm
 
 
 @triton.jit
-def _tanh(x):
-    # a polynomial near zero (Cephes tanhf), where the other formula would lose the last digits
-    z = x * x
-    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = x + x * z * (p * z - 3.33332819422e-1)
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = 1.0 - 2.0 * e / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def _coefficient(scale, value, TANH_INPUT: tl.constexpr):
-    a = scale * value
-    if TANH_INPUT:
-        a = _tanh(a)
-    return a
-
-
-@triton.jit
-def _dropout_keep(seed_ptr, n, drop_below):
-    low = (n & 0xFFFFFFFF).to(tl.uint32)
-    high = (n >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
-    return (word >> 8).to(tl.int32) >= drop_below
-
-
-@triton.jit
-def _program(N_HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The program's user or item, and its features; those of one user or item start side by side."""
-    n_blocks: tl.constexpr = (N_HIDDEN + BLOCK_D - 1) // BLOCK_D
-    d = tl.program_id(0) % n_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    return (tl.program_id(0) // n_blocks).to(tl.int64), d
-
-
-@triton.jit
-def _positions(start, BLOCK_NNZ: tl.constexpr):
-    return start + tl.arange(0, BLOCK_NNZ).to(tl.int64)  # a position passes 2**31 in a large matrix
-
-
-@triton.jit
-def _load_clicks(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ: tl.constexpr):
-    """Position and item of a block of clicks; live where a click lies before end and isn't dropped."""
-    n = _positions(start, BLOCK_NNZ)
-    live = n < end
-    # not predicated on keep: the index is on its way while Philox runs
-    item = tl.load(indices_ptr + n, mask=live, other=0)
-    if seed_ptr is not None:
-        # by way of one word: else each of the 32 threads that share a weight row draws its number again
-        tl.static_assert(BLOCK_NNZ <= 64)
-        bit = _positions(0, BLOCK_NNZ)
-        word = tl.sum((live & _dropout_keep(seed_ptr, n, drop_below)).to(tl.int64) << bit, axis=0)
-        live = ((word >> bit) & 1) == 1
-    return n, item, live
-
-
-@triton.jit
-def _offsets(r, live, d, STRIDE_R: tl.constexpr, STRIDE_D: tl.constexpr, N_HIDDEN: tl.constexpr):
-    """Offsets of features d of rows r, and the mask of the live ones."""
-    # int64: row 2,100,000 of 1,024 features lies beyond 2**31
-    offset = r.to(tl.int64)[:, None] * STRIDE_R + (d.to(tl.int64) * STRIDE_D)[None, :]
-    return offset, live[:, None] & (d < N_HIDDEN)[None, :]
+def _row_scale(
+    values_ptr, begin, end, keep_scale,
+    NORMALIZE: tl.constexpr, BLOCK_NNZ: tl.constexpr,
+):  # fmt: skip
+    """s of a row, by all its clicks, those dropped and those of other programs too; 0 for an empty row."""
+    squares = (end - begin).to(tl.float32)
+    if NORMALIZE and values_ptr is not None:
+        sums = tl.zeros([BLOCK_NNZ], tl.float32)
+        for start in range(begin, end, BLOCK_NNZ):
+            n = positions(start, BLOCK_NNZ)
+            value = click_values(values_ptr, n, n < end)
+            sums += value * value
+        squares = tl.sum(sums, axis=0)
+    scale = tl.where(squares > 0.0, keep_scale, 0.0)
+    if NORMALIZE:
+        scale /= tl.sqrt_rn(tl.maximum(squares, SMALLEST))
+    return scale
 
 
 @triton.jit
 def _sparse_linear_fwd_kernel(
-    indptr_ptr, indices_ptr, values_ptr, rows_ptr, weight_ptr, bias_ptr, seed_ptr,  # inputs
-    y_ptr, scale_ptr,  # outputs
+    indptr_ptr, indices_ptr, values_ptr, rows_ptr, weight_ptr, seed_ptr,  # inputs
+    parts_ptr, scale_ptr,  # outputs
     drop_below, keep_scale,  # dropout
-    NORMALIZE: tl.constexpr, TANH: tl.constexpr, TANH_INPUT: tl.constexpr,
-    N_HIDDEN: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, TANH_INPUT: tl.constexpr,
+    N_HIDDEN: tl.constexpr, SPLIT_NNZ: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    u, d = _program(N_HIDDEN, BLOCK_D)
+    u, d = row_and_features(N_HIDDEN, BLOCK_D)
+    split, n_splits = tl.program_id(1), tl.num_programs(1)
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
-
-    # scale by the norm of the whole row, dropped clicks included; 0 for an empty row
-    squares = (end - begin).to(tl.float32)
-    if NORMALIZE and values_ptr is not None:
-        squares = 0.0
-        for start in range(begin, end, BLOCK_NNZ):
-            n = _positions(start, BLOCK_NNZ)
-            value = click_values(values_ptr, n, n < end)
-            squares += tl.sum(value * value, axis=0)
-    scale = tl.where(squares > 0.0, keep_scale, 0.0)
-    if NORMALIZE:
-        scale /= tl.sqrt_rn(tl.maximum(squares, SMALLEST))
+    n_programs = programs_of(begin, end, n_splits, SPLIT_NNZ)
+    if split >= n_programs:
+        return
+    # each program reads all values of its row, which are 4 bytes beside a weight row's thousand, many at once
+    scale = _row_scale(values_ptr, begin, end, keep_scale, NORMALIZE, 16 * BLOCK_NNZ)
+    if split == 0:
+        tl.store(scale_ptr + u, scale)  # by the programs of all features: the same number
 
     # gather-sum; the weights of a dropped click are not read
     acc = tl.zeros([BLOCK_D], tl.float32)
-    n, item, live = _load_clicks(indices_ptr, seed_ptr, begin, end, drop_below, BLOCK_NNZ)
-    for start in range(begin, end, BLOCK_NNZ):
-        offset, mask = _offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
+    first, step = begin + split * BLOCK_NNZ, n_programs * BLOCK_NNZ
+    n, item, live = load_kept(indices_ptr, seed_ptr, first, end, drop_below, BLOCK_NNZ)
+    for start in range(first, end, step):
+        offset, mask = offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
         weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        a = _coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
+        a = coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         # the next items travel along with these weights: one latency a block instead of two
-        n, item, live = _load_clicks(
-            indices_ptr, seed_ptr, start + BLOCK_NNZ, end, drop_below, BLOCK_NNZ
-        )
+        n, item, live = load_kept(indices_ptr, seed_ptr, start + step, end, drop_below, BLOCK_NNZ)
         acc += tl.sum(a[:, None] * weight, axis=0)
+    tl.store(parts_ptr + (u * n_splits + split) * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
 
+
+@triton.jit
+def _sparse_linear_finish_kernel(
+    indptr_ptr, rows_ptr, parts_ptr, bias_ptr,  # inputs
+    y_ptr,  # outputs
+    TANH: tl.constexpr,
+    N_HIDDEN: tl.constexpr, N_SPLITS: tl.constexpr, SPLIT_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    u, d = row_and_features(N_HIDDEN, BLOCK_D)
+    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
+    # only what was written is read
+    split = tl.arange(0, N_SPLITS)
+    written = split < programs_of(begin, end, N_SPLITS, SPLIT_NNZ)
+    offset, mask = offsets(u * N_SPLITS + split, written, d, N_HIDDEN, 1, N_HIDDEN)
+    acc = tl.sum(tl.load(parts_ptr + offset, mask=mask, other=0.0), axis=0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=d < N_HIDDEN, other=0.0).to(tl.float32)
     if TANH:
-        acc = _tanh(acc)
+        acc = tanh_of(acc)
     tl.store(y_ptr + u * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
-    tl.store(scale_ptr + u, scale)  # by each of the row's programs: the same number
 
 
 @triton.jit
@@ -137,20 +115,23 @@ def _sparse_linear_bwd_weight_kernel(
     drop_below,  # dropout
     STRIDE_DPRE_U: tl.constexpr, STRIDE_DPRE_D: tl.constexpr,  # strides, in elements
     TANH_INPUT: tl.constexpr,
-    N_HIDDEN: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
+    N_HIDDEN: tl.constexpr, SPLIT_NNZ: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # a user's programs share the blocks of clicks, not the features: no click is drawn or read twice
-    u, part = tl.program_id(0).to(tl.int64) // N_PARTS, tl.program_id(0) % N_PARTS
+    u, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
+    n_programs = programs_of(begin, end, tl.num_programs(1), SPLIT_NNZ)
+    if split >= n_programs:
+        return
     scale = tl.load(scale_ptr + u)
-    for start in range(begin + part * BLOCK_NNZ, end, N_PARTS * BLOCK_NNZ):
-        n, item, live = _load_clicks(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
-        a = _coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
+    for start in range(begin + split * BLOCK_NNZ, end, n_programs * BLOCK_NNZ):
+        n, item, live = load_kept(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
+        a = coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         for left in range(0, N_HIDDEN, BLOCK_D):
             d = left + tl.arange(0, BLOCK_D)
             row_ptr = dpre_ptr + u * STRIDE_DPRE_U + d.to(tl.int64) * STRIDE_DPRE_D
             dpre = tl.load(row_ptr, mask=d < N_HIDDEN, other=0.0).to(tl.float32)
-            offset, mask = _offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
+            offset, mask = offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
             # relaxed: nobody reads a sum before the kernel has ended
             tl.atomic_add(
                 dweight_ptr + offset, a[:, None] * dpre[None, :], mask=mask, sem="relaxed"
@@ -170,11 +151,11 @@ def _mark_clicks_kernel(
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     bit = tl.full([BLOCK_NNZ], 1, tl.int32) << (u % 32).to(tl.int32)
     for start in range(begin, end, BLOCK_NNZ):
-        n = _positions(start, BLOCK_NNZ)
+        n = positions(start, BLOCK_NNZ)
         live = n < end
         item = tl.load(indices_ptr + n, mask=live, other=0).to(tl.int64)
         if seed_ptr is not None:
-            live = live & _dropout_keep(seed_ptr, n, drop_below)
+            live = live & dropout_keep(seed_ptr, n, drop_below)
         tl.atomic_or(marks_ptr + item * n_words + u // 32, bit, mask=live, sem="relaxed")
 
 
@@ -204,7 +185,7 @@ def _sparse_linear_bwd_weight_ordered_kernel(
     TANH_INPUT: tl.constexpr, N_HIDDEN: tl.constexpr,
     BLOCK_WORDS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i, d = _program(N_HIDDEN, BLOCK_D)
+    i, d = row_and_features(N_HIDDEN, BLOCK_D)
     marks_ptr += i * n_words
     lane = tl.arange(0, BLOCK_U)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -224,8 +205,8 @@ def _sparse_linear_bwd_weight_ordered_kernel(
                     if values_ptr is not None:
                         n = _find_click(indptr_ptr, indices_ptr, rows_ptr, u, i, marked)
                     scale = tl.load(scale_ptr + u, mask=marked, other=0.0)
-                    a = _coefficient(scale, click_values(values_ptr, n, marked), TANH_INPUT)
-                    offset, mask = _offsets(u, marked, d, STRIDE_DPRE_U, STRIDE_DPRE_D, N_HIDDEN)
+                    a = coefficient(scale, click_values(values_ptr, n, marked), TANH_INPUT)
+                    offset, mask = offsets(u, marked, d, STRIDE_DPRE_U, STRIDE_DPRE_D, N_HIDDEN)
                     dpre = tl.load(dpre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
                     acc += tl.sum(a[:, None] * dpre, axis=0)
             first = tl.min(tl.where(marked_w > first, marked_w, end), axis=0)
@@ -233,103 +214,17 @@ def _sparse_linear_bwd_weight_ordered_kernel(
     tl.store(dweight_ptr + i * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
 
 
-@triton.jit
-def _first_range(indptr_ptr, rows_ptr, u):
-    """row_clicks of user u, where rows are sorted: empty if the user before has the same row."""
-    begin, end = row_clicks(u, indptr_ptr, rows_ptr)
-    if rows_ptr is not None:
-        before = tl.load(rows_ptr + u - 1, mask=u > 0, other=-1)
-        end = tl.where(before == tl.load(rows_ptr + u), begin, end)
-    return begin, end
-
-
-@triton.jit
-def _click_products_kernel(
-    indptr_ptr, indices_ptr, rows_ptr, weight_ptr, dpre_ptr, seed_ptr,  # inputs; rows are sorted
-    dvalues_ptr,  # outputs
-    drop_below,  # dropout
-    STRIDE_DPRE_U: tl.constexpr, STRIDE_DPRE_D: tl.constexpr,  # strides, in elements
-    N_HIDDEN: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # keep[n] * (weight row of click n . dpre); users of one row have their mask in common, so that their dpre add up
-    u = tl.program_id(0).to(tl.int64)
-    begin, end = _first_range(indptr_ptr, rows_ptr, u)
-    last = u
-    if rows_ptr is not None:
-        row = tl.load(rows_ptr + u)
-        while tl.load(rows_ptr + last + 1, mask=last + 1 < tl.num_programs(0), other=-1) == row:
-            last += 1
-    for start in range(begin, end, BLOCK_NNZ):
-        n, item, live = _load_clicks(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
-        product = tl.zeros([BLOCK_NNZ], tl.float32)
-        for left in range(0, N_HIDDEN, BLOCK_D):
-            d = left + tl.arange(0, BLOCK_D)
-            dpre = tl.zeros([BLOCK_D], tl.float32)
-            for same in range(u, last + 1):
-                row_ptr = dpre_ptr + same * STRIDE_DPRE_U + d.to(tl.int64) * STRIDE_DPRE_D
-                dpre += tl.load(row_ptr, mask=d < N_HIDDEN, other=0.0).to(tl.float32)
-            offset, mask = _offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
-            weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            product += tl.sum(weight * dpre[None, :], axis=1)
-        tl.store(dvalues_ptr + n, product, mask=n < end)
-
-
-@triton.jit
-def _value_and_slope(values_ptr, dvalues_ptr, scale, n, end, TANH_INPUT: tl.constexpr):
-    """Values of clicks n, and their gradients if the norm were a constant."""
-    value = tl.load(values_ptr + n, mask=n < end, other=0.0)
-    slope = scale * tl.load(dvalues_ptr + n, mask=n < end, other=0.0)
-    if TANH_INPUT:
-        a = _tanh(scale * value)
-        slope *= 1.0 - a * a
-    return value, slope
-
-
-@triton.jit
-def _sparse_linear_bwd_values_kernel(
-    indptr_ptr, values_ptr, rows_ptr, scale_ptr,  # inputs; rows are sorted
-    dvalues_ptr,  # in: click products; out: gradients
-    NORMALIZE: tl.constexpr, TANH_INPUT: tl.constexpr, BLOCK_NNZ: tl.constexpr,
-):  # fmt: skip
-    u = tl.program_id(0).to(tl.int64)
-    begin, end = _first_range(indptr_ptr, rows_ptr, u)
-    scale = tl.load(scale_ptr + u)
-
-    # the part of the gradient that lies along the row, which the norm takes away
-    along = 0.0
-    if NORMALIZE:
-        products, squares = tl.zeros([BLOCK_NNZ], tl.float32), tl.zeros([BLOCK_NNZ], tl.float32)
-        for start in range(begin, end, BLOCK_NNZ):
-            n = _positions(start, BLOCK_NNZ)
-            value, slope = _value_and_slope(values_ptr, dvalues_ptr, scale, n, end, TANH_INPUT)
-            products += value * slope
-            squares += value * value
-        along = tl.sum(products, axis=0) / tl.maximum(tl.sum(squares, axis=0), SMALLEST)
-
-    for start in range(begin, end, BLOCK_NNZ):
-        n = _positions(start, BLOCK_NNZ)
-        value, slope = _value_and_slope(values_ptr, dvalues_ptr, scale, n, end, TANH_INPUT)
-        tl.store(dvalues_ptr + n, slope - along * value, mask=n < end)
-
-
-def _dropout_arguments(seed: Tensor | None, dropout: float) -> tuple[Tensor | None, int, float]:
-    """The kernels' seed, the 24-bit number below which a click is dropped, and the factor of those kept."""
-    if seed is None or dropout == 0:
-        return None, 0, 1.0
-    return seed, round(dropout * 2**24), 1 / (1 - dropout) if dropout < 1 else 0.0
-
-
-def _cut(tile: tiles.ClickTile | tiles.ItemTile, n_hidden: int) -> tuple[int, int, int]:
-    """Features of a block, blocks of a row, warps of a program: a narrow layer takes a part of the tile."""
-    block_d = min(tile.block_d, tiles.next_power_of_2(n_hidden))
-    return block_d, tiles.cdiv(n_hidden, block_d), max(1, tile.num_warps * block_d // tile.block_d)
+def finish_cut(n_hidden: int) -> tuple[int, int]:
+    """Features and warps of a program that adds up partial sums: all features in most layers, 32 bytes a thread and split."""
+    block_d = min(1024, triton.next_power_of_2(n_hidden))
+    return block_d, max(1, block_d // 256)
 
 
 def sparse_linear_fwd(
     csr: Csr, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
-    *, dropout: float, normalize: bool, tanh: bool, tanh_input: bool, tile: tiles.ClickTile | None = None,
+    *, dropout: float, normalize: bool, tanh: bool, tanh_input: bool, tile: tiles.SplitTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the forward kernel. Arguments are already checked by fastvae.ops.
+    """Launch the forward kernels. Arguments are already checked by fastvae.ops.
 
     csr      the clicks of these users, see kernels/csr.py
     weight   [n_items, n_hidden]  fp32, bf16 or fp16; contiguous
@@ -340,21 +235,32 @@ def sparse_linear_fwd(
     tile     launch configuration, from the table by default
     returns  y [n_users, n_hidden] dtype of weight; scale [n_users] fp32: s of the formulas, 0 for an empty row
     """
+    check_rows(csr)
     n_users, n_hidden = n_users_of(csr), weight.shape[1]
-    tile = tile or tiles.of(weight.device).sparse_forward[weight.dtype.itemsize]
-    block_d, n_blocks, num_warps = _cut(tile, n_hidden)
+    tile = tile or tiles.of(weight.device).sparse_forward_tile(weight.dtype, n_users)
+    block_d, n_blocks, num_warps = cut_features(tile, n_hidden)
     y = torch.empty(n_users, n_hidden, dtype=weight.dtype, device=weight.device)
     scale = torch.empty(n_users, dtype=torch.float32, device=weight.device)
     if n_users == 0:
         return y, scale
-    seed, drop_below, keep_scale = _dropout_arguments(seed, dropout)
+    shape = n_users, tile.n_splits, n_hidden
+    parts = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    seed, drop_below, keep_scale = dropout_arguments(seed, dropout)
+    indptr, _, _, rows = csr
     with tiles.device_guard(weight):
-        _sparse_linear_fwd_kernel[(n_users * n_blocks,)](
-            *csr, weight, bias, seed,
-            y, scale,
+        _sparse_linear_fwd_kernel[(n_users * n_blocks, tile.n_splits)](
+            *csr, weight, seed,
+            parts, scale,
             drop_below, keep_scale,
-            NORMALIZE=normalize, TANH=tanh, TANH_INPUT=tanh_input,
-            N_HIDDEN=n_hidden, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
+            NORMALIZE=normalize, TANH_INPUT=tanh_input, N_HIDDEN=n_hidden,
+            SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
+        )  # fmt: skip
+        block_d, num_warps = finish_cut(n_hidden)
+        _sparse_linear_finish_kernel[(n_users * triton.cdiv(n_hidden, block_d),)](
+            indptr, rows, parts, bias,
+            y,
+            TANH=tanh, N_HIDDEN=n_hidden, N_SPLITS=tile.n_splits, SPLIT_NNZ=tile.split_nnz,
+            BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
     return y, scale
 
@@ -362,7 +268,7 @@ def sparse_linear_fwd(
 def sparse_linear_bwd_weight(
     dpre: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor, n_items: int,
     *, dropout: float, tanh_input: bool, deterministic: bool,
-    tile: tiles.ClickTile | None = None, item_tile: tiles.ItemTile | None = None,
+    tile: tiles.SplitTile | None = None, item_tile: tiles.ItemTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the kernels of the weight gradient. Arguments are already checked by fastvae.ops.
 
@@ -376,6 +282,7 @@ def sparse_linear_bwd_weight(
     The deterministic way takes n_items * n_users / 8 bytes, 1/16 of the logits in bf16: the batch transposed, as bits.
     Their number, unlike that of the clicks, is known without waiting for the device, and they need no sort.
     """
+    check_rows(csr)
     n_users, n_hidden = dpre.shape
     ordered = deterministic and n_users > 0
     allocate = torch.empty if ordered else torch.zeros
@@ -383,23 +290,23 @@ def sparse_linear_bwd_weight(
     if n_users == 0 or n_items == 0:
         return dweight
     table = tiles.of(dpre.device)
-    seed, drop_below, _ = _dropout_arguments(seed, dropout)
+    seed, drop_below, _ = dropout_arguments(seed, dropout)
     flags = dict(STRIDE_DPRE_U=dpre.stride(0), STRIDE_DPRE_D=dpre.stride(1))
     flags |= dict(TANH_INPUT=tanh_input, N_HIDDEN=n_hidden)
     with tiles.device_guard(dpre):
         if not ordered:
-            tile = tile or table.sparse_backward
-            block_d, n_blocks, num_warps = _cut(tile, n_hidden)
-            _sparse_linear_bwd_weight_kernel[(n_users * n_blocks,)](
+            tile = tile or table.sparse_backward_tile(n_users)
+            block_d, _, num_warps = cut_features(tile, n_hidden)
+            _sparse_linear_bwd_weight_kernel[(n_users, tile.n_splits)](
                 *csr, dpre, seed, scale,
                 dweight,
                 drop_below,
-                **flags, N_PARTS=n_blocks, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
+                **flags, SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
             )  # fmt: skip
             return dweight
         item_tile = item_tile or table.sparse_item
-        block_d, n_blocks, num_warps = _cut(item_tile, n_hidden)
-        n_words = tiles.cdiv(n_users, 32)
+        block_d, n_blocks, num_warps = cut_features(item_tile, n_hidden)
+        n_words = triton.cdiv(n_users, 32)
         marks = torch.zeros(n_items, n_words, dtype=torch.int32, device=dpre.device)
         indptr, indices, _, rows = csr
         _mark_clicks_kernel[(n_users,)](
@@ -415,42 +322,3 @@ def sparse_linear_bwd_weight(
             **flags, BLOCK_WORDS=item_tile.block_words, BLOCK_U=item_tile.block_u, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
     return dweight
-
-
-def sparse_linear_bwd_values(
-    dpre: Tensor, weight: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor,
-    *, dropout: float, normalize: bool, tanh_input: bool, tile: tiles.ClickTile | None = None,
-) -> Tensor:  # fmt: skip
-    """Launch the kernel of the values' gradient. Arguments are already checked by fastvae.ops.
-
-    dpre     [n_users, n_hidden]  any float, any strides: the gradient before the activation
-    scale    [n_users]            fp32, from sparse_linear_fwd
-    the rest as in sparse_linear_fwd; values is not None
-    returns  dvalues [nnz] fp32, of the whole matrix: 0 outside the batch, the sum over users of the same row
-    """
-    n_users, n_hidden = dpre.shape
-    indptr, indices, values, rows = csr
-    tile = tile or tiles.of(dpre.device).sparse_backward
-    block_d, _, num_warps = _cut(tile, n_hidden)
-    dvalues = torch.zeros(len(indices), dtype=torch.float32, device=dpre.device)
-    if n_users == 0:
-        return dvalues
-    if rows is not None:
-        # users of one row side by side: one program adds them up, in order and without atomics
-        rows, order = torch.sort(rows, stable=True)
-        dpre, scale = dpre[order], scale[order]
-    seed, drop_below, _ = _dropout_arguments(seed, dropout)
-    with tiles.device_guard(dpre):
-        _click_products_kernel[(n_users,)](
-            indptr, indices, rows, weight, dpre, seed,
-            dvalues,
-            drop_below,
-            STRIDE_DPRE_U=dpre.stride(0), STRIDE_DPRE_D=dpre.stride(1),
-            N_HIDDEN=n_hidden, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
-        )  # fmt: skip
-        _sparse_linear_bwd_values_kernel[(n_users,)](
-            indptr, values, rows, scale,
-            dvalues,
-            NORMALIZE=normalize, TANH_INPUT=tanh_input, BLOCK_NNZ=tiles.CLICKS_PER_BLOCK, num_warps=4,
-        )  # fmt: skip
-    return dvalues

@@ -43,6 +43,16 @@ class ClickTile(NamedTuple):
     num_warps: int
 
 
+class SplitTile(NamedTuple):
+    """Tile of sparse_linear's kernels over the clicks of a user, and how a row is split over programs."""
+
+    block_nnz: int  # clicks read at once; at most 64, the bits of a word of the keep mask
+    block_d: int  # features of their weight rows read at once
+    num_warps: int
+    n_splits: int  # programs that a row can have, a power of two
+    split_nnz: int  # clicks for each of them that works, the last one's fewer; blocks of block_nnz
+
+
 class ItemTile(NamedTuple):
     """Tile of sparse_linear's ordered weight gradient, one program per item and block of features."""
 
@@ -69,8 +79,8 @@ class ChipTiles(NamedTuple):
     stored_clicks    linear_multinomial_nll's clicks, one number each
     gathered_clicks  and where each has to gather a weight row
     forward_row, backward_row  multinomial_nll
-    sparse_forward   sparse_linear, by bytes of a weight
-    sparse_backward  its gradients that go through the clicks of a user
+    sparse_forward   sparse_linear, by bytes of a weight: for few users, for many
+    sparse_backward  its gradients that go through the clicks of a user: for few users, for many
     sparse_item      its ordered weight gradient, which goes through the users of an item
     adam             the optimiser's step
     """
@@ -83,8 +93,8 @@ class ChipTiles(NamedTuple):
     gathered_clicks: ClickTile
     forward_row: RowTile
     backward_row: RowTile
-    sparse_forward: dict[int, ClickTile]
-    sparse_backward: ClickTile
+    sparse_forward: dict[int, tuple[SplitTile, SplitTile]]
+    sparse_backward: tuple[SplitTile, SplitTile]
     sparse_item: ItemTile
     adam: AdamTile
 
@@ -95,6 +105,14 @@ class ChipTiles(NamedTuple):
     def fuses(self, kind: str, width: int) -> bool:
         """Whether linear_multinomial_nll folds the exponential into a GEMM of its own at this width of the buffer."""
         return kind in self.fused and width > self.fused_above
+
+    def sparse_forward_tile(self, dtype: torch.dtype, n_users: int) -> SplitTile:
+        """Tile of sparse_linear's forward, by the weights' dtype."""
+        return self.sparse_forward[dtype.itemsize][n_users >= MANY_USERS]
+
+    def sparse_backward_tile(self, n_users: int) -> SplitTile:
+        """Tile of sparse_linear's gradients that go through the clicks of a user."""
+        return self.sparse_backward[n_users >= MANY_USERS]
 
 
 def _same(tile: GemmTile, *kinds: str) -> dict[str, tuple[GemmTile, GemmTile]]:
@@ -123,13 +141,13 @@ _SM_80 = ChipTiles(
     # no fewer clicks than threads: a click read twice could be read after it was changed
     stored_clicks=ClickTile(block_nnz=512, block_d=8, num_warps=4),
     gathered_clicks=ClickTile(block_nnz=64, block_d=32, num_warps=4),
-    # block_nnz is at most 64, the bits of a word of the keep mask. A warp reads 512 bytes of a weight row, a thread
-    # eight rows at once
+    # one warp a program, so that its sums need no shared memory. Few users: each block of a row to another program, for the
+    # longest row's sake. Many: programs abound, and a row is split where it is long, for the sake of the partial sums' bytes
     sparse_forward={
-        2: ClickTile(block_nnz=32, block_d=256, num_warps=4),
-        4: ClickTile(block_nnz=32, block_d=128, num_warps=4),
+        2: (SplitTile(32, 128, 1, 8, 32), SplitTile(32, 128, 1, 4, 128)),
+        4: (SplitTile(32, 128, 1, 8, 32), SplitTile(32, 128, 1, 4, 128)),
     },
-    sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=2),
+    sparse_backward=(SplitTile(32, 128, 4, 8, 32), SplitTile(32, 128, 4, 4, 32)),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=128, num_warps=1),
     adam=AdamTile(block=512, num_warps=4),
 )
@@ -147,17 +165,13 @@ _GFX942 = _SM_80._replace(
         **_same(GemmTile(64, 64, 32, 16, 4, 2), "tf32", "ieee"),
     },
     backward_row=RowTile(block_i=4096, split_i=16_384, block_nnz=256, num_warps=8),
-    # its warps have 64 threads and take two weight rows at once
-    sparse_forward={
-        2: ClickTile(block_nnz=32, block_d=256, num_warps=2),
-        4: ClickTile(block_nnz=32, block_d=128, num_warps=2),
-    },
-    sparse_backward=ClickTile(block_nnz=16, block_d=128, num_warps=1),
+    # its warps have 64 threads
+    sparse_backward=(SplitTile(32, 128, 2, 8, 32), SplitTile(32, 128, 2, 4, 32)),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=256, num_warps=1),
     adam=AdamTile(block=512, num_warps=2),
 )
 _INTERPRETER_CLICKS = ClickTile(block_nnz=16, block_d=32, num_warps=4)
-_INTERPRETER_SPARSE = ClickTile(block_nnz=16, block_d=256, num_warps=4)
+_INTERPRETER_SPARSE = (SplitTile(16, 256, 4, 4, 16),) * 2
 _INTERPRETER_ROW = RowTile(block_i=64, split_i=256, block_nnz=16, num_warps=4)
 
 TABLE = {

@@ -13,16 +13,12 @@ import triton.language as tl
 from helpers import DEVICE, KERNEL_DTYPES, assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, reference
-from fastvae.kernels import sparse_linear as kernels
-from fastvae.kernels import tiles
-from fastvae.kernels.sparse_linear import (
-    sparse_linear_bwd_values,
-    sparse_linear_bwd_weight,
-    sparse_linear_fwd,
-)
+from fastvae.kernels import kept_clicks, tiles
+from fastvae.kernels.sparse_linear import sparse_linear_bwd_weight, sparse_linear_fwd
+from fastvae.kernels.sparse_linear_dvalues import sparse_linear_bwd_values
 
 # small tiles: blocks end early, and a row of several blocks is cheap
-TILE = tiles.ClickTile(block_nnz=16, block_d=64, num_warps=4)
+TILE = tiles.SplitTile(block_nnz=16, block_d=64, num_warps=4, n_splits=2, split_nnz=16)
 ITEM_TILE = tiles.ItemTile(block_words=2, block_u=8, block_d=64, num_warps=1)
 BLOCK_NNZ, BLOCK_D = TILE[:2]
 WORD, BLOCK_U = 32, ITEM_TILE.block_words * 32  # users of a word of marks, of a block of words
@@ -248,11 +244,11 @@ def test_ordered_gradient_of_users_around_a_word_and_a_block(n_users, counts):
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
 def test_the_tiles_of_the_table(chip):
-    tile = tiles.TABLE[chip].sparse_forward[4]
+    tile, backward = tiles.TABLE[chip].sparse_forward[4][0], tiles.TABLE[chip].sparse_backward[0]
     clicks = random_clicks([tile.block_nnz + 1, 0], tile.block_nnz + 1, counts=True)
     weight, bias = random_layer(clicks.n_items, tile.block_d + 2)
     check(clicks, weight, bias, tile=tile, item_tile=tiles.TABLE[chip].sparse_item)
-    check(clicks, weight, bias, tile=tiles.TABLE[chip].sparse_backward)
+    check(clicks, weight, bias, tile=backward)
 
 
 def test_the_table_by_default():
@@ -347,14 +343,14 @@ def test_a_bad_weight_is_loud_and_alone():
 @triton.jit
 def _keep_kernel(seed_ptr, n_ptr, keep_ptr, drop_below, BLOCK: tl.constexpr):
     k = tl.arange(0, BLOCK)
-    keep = kernels._dropout_keep(seed_ptr, tl.load(n_ptr + k), drop_below)
+    keep = kept_clicks.dropout_keep(seed_ptr, tl.load(n_ptr + k), drop_below)
     tl.store(keep_ptr + k, keep)
 
 
 def kernel_keep(seed, position, dropout):
     """dropout_keep by the kernels' own function."""
     keep = torch.zeros(len(position), dtype=torch.bool, device=DEVICE)
-    _, drop_below, _ = kernels._dropout_arguments(seed_tensor(seed), dropout)
+    _, drop_below, _ = kept_clicks.dropout_arguments(seed_tensor(seed), dropout)
     _keep_kernel[(1,)](
         seed_tensor(seed), position.to(DEVICE), keep, drop_below, BLOCK=len(position)
     )
@@ -564,7 +560,7 @@ def test_positions_beyond_32_bits():
 
 @pytest.fixture
 def far_programs(monkeypatch):
-    """Every launch's program ids start at FAR_ITEM."""
+    """Every launch's program ids start at FAR_ITEM, on the axis of users and items."""
     if DEVICE == "cuda":
         pytest.skip("a GPU counts its programs from 0")
     builder = triton.runtime.interpreter.interpreter_builder
@@ -572,7 +568,7 @@ def far_programs(monkeypatch):
 
     def shifted(axis):
         handle = program_id(builder, axis)
-        handle.data += FAR_ITEM
+        handle.data += FAR_ITEM if axis == 0 else 0
         return handle
 
     monkeypatch.setattr(builder, "create_get_program_id", shifted)
@@ -588,7 +584,8 @@ def far_user():
 
 def test_users_beyond_32_bits_forward(far_programs, monkeypatch):
     y, scale = far_memory(torch.float32, FAR_ITEM * FAR_HIDDEN), far_memory(torch.float32, FAR_ITEM)
-    outputs = iter([y(0, FAR_HIDDEN).view(1, -1), scale(0, 1)])
+    parts = far_memory(torch.float32, FAR_ITEM * FAR_TILE.n_splits * FAR_HIDDEN)
+    outputs = iter([y(0, FAR_HIDDEN).view(1, -1), scale(0, 1), parts(0, FAR_HIDDEN).view(1, -1)])
     weight, _ = random_layer(2, FAR_HIDDEN)
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: next(outputs))
     options = {"dropout": 0.0, "normalize": False, "tanh": False}

@@ -257,7 +257,7 @@ def _dvalues_cuda(
     dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
 ):  # fmt: skip
     with needing_triton("sparse_linear"):
-        from ..kernels.sparse_linear import sparse_linear_bwd_values
+        from ..kernels.sparse_linear_dvalues import sparse_linear_bwd_values
     return sparse_linear_bwd_values(
         dpre,
         weight.t().contiguous(),
