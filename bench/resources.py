@@ -157,7 +157,15 @@ def sparse_linear_cases(chip: str) -> Iterator[Case]:
                 name = f"{detail}, splits of {tile.split_nnz}"
                 yield Case(module._sparse_linear_fwd_kernel, name, tile, arguments)
             kernel, backward = module._sparse_linear_bwd_weight_kernel, row.sparse_backward[0]
-            yield Case(kernel, detail, backward, arguments, wide=False, atomics=True)
+            yield Case(
+                kernel,
+                detail,
+                backward,
+                arguments,
+                wide=False,
+                atomics=True,
+                singles=(1, "block_d"),
+            )
             kernel = module._sparse_linear_bwd_weight_ordered_kernel
             yield Case(kernel, detail, row.sparse_item, arguments)
         for tile in dict.fromkeys(row.sparse_forward[torch_dtype.itemsize]):
@@ -165,7 +173,7 @@ def sparse_linear_cases(chip: str) -> Iterator[Case]:
             small = tile._replace(block_d=block_d, num_warps=num_warps)
             detail = f"{dtype}, {tile.n_splits} splits"
             yield Case(module._sparse_linear_finish_kernel, detail, small, common)
-        yield Case(sparse_linear_dvalues._click_products_kernel, dtype, backward, common)
+        yield Case(sparse_linear_dvalues._click_products_kernel, dtype, row.sparse_values, common)
     yield Case(module._mark_clicks_kernel, "any", per_click, {}, wide=False)
     kernel = sparse_linear_dvalues._sparse_linear_bwd_values_kernel
     yield Case(kernel, "any", per_click, shape, wide=False)

@@ -95,5 +95,5 @@ def dropout_arguments(seed: Tensor | None, dropout: float) -> tuple[Tensor | Non
 
 def cut_features(tile: tiles.SplitTile | tiles.ItemTile, n_hidden: int) -> tuple[int, int, int]:
     """Features of a block, blocks of a row, warps of a program: a narrow layer takes a part of the tile."""
-    block_d = min(tile.block_d, triton.next_power_of_2(n_hidden))
-    return block_d, triton.cdiv(n_hidden, block_d), max(1, tile.num_warps * block_d // tile.block_d)
+    block_d = min(tile.block_d, tiles.next_power_of_2(n_hidden))
+    return block_d, tiles.cdiv(n_hidden, block_d), max(1, tile.num_warps * block_d // tile.block_d)

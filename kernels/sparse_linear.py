@@ -216,7 +216,7 @@ def _sparse_linear_bwd_weight_ordered_kernel(
 
 def finish_cut(n_hidden: int) -> tuple[int, int]:
     """Features and warps of a program that adds up partial sums: all features in most layers, 32 bytes a thread and split."""
-    block_d = min(1024, triton.next_power_of_2(n_hidden))
+    block_d = min(1024, tiles.next_power_of_2(n_hidden))
     return block_d, max(1, block_d // 256)
 
 
@@ -256,7 +256,7 @@ def sparse_linear_fwd(
             SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
         block_d, num_warps = finish_cut(n_hidden)
-        _sparse_linear_finish_kernel[(n_users * triton.cdiv(n_hidden, block_d),)](
+        _sparse_linear_finish_kernel[(n_users * tiles.cdiv(n_hidden, block_d),)](
             indptr, rows, parts, bias,
             y,
             TANH=tanh, N_HIDDEN=n_hidden, N_SPLITS=tile.n_splits, SPLIT_NNZ=tile.split_nnz,
@@ -306,7 +306,7 @@ def sparse_linear_bwd_weight(
             return dweight
         item_tile = item_tile or table.sparse_item
         block_d, n_blocks, num_warps = cut_features(item_tile, n_hidden)
-        n_words = triton.cdiv(n_users, 32)
+        n_words = tiles.cdiv(n_users, 32)
         marks = torch.zeros(n_items, n_words, dtype=torch.int32, device=dpre.device)
         indptr, indices, _, rows = csr
         _mark_clicks_kernel[(n_users,)](

@@ -123,7 +123,7 @@ def sparse_linear_bwd_values(
     check_rows(csr)
     n_users, n_hidden = dpre.shape
     indptr, indices, values, rows = csr
-    tile = tile or tiles.of(dpre.device).sparse_backward_tile(n_users)
+    tile = tile or tiles.of(dpre.device).sparse_values
     block_d, _, num_warps = cut_features(tile, n_hidden)
     dvalues = torch.zeros(len(indices), dtype=torch.float32, device=dpre.device)
     if n_users == 0:

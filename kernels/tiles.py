@@ -80,7 +80,8 @@ class ChipTiles(NamedTuple):
     gathered_clicks  and where each has to gather a weight row
     forward_row, backward_row  multinomial_nll
     sparse_forward   sparse_linear, by bytes of a weight: for few users, for many
-    sparse_backward  its gradients that go through the clicks of a user: for few users, for many
+    sparse_backward  its weight gradient through the clicks of a user: for few users, for many
+    sparse_values    its gradient of the clicks' values
     sparse_item      its ordered weight gradient, which goes through the users of an item
     adam             the optimiser's step
     """
@@ -95,6 +96,7 @@ class ChipTiles(NamedTuple):
     backward_row: RowTile
     sparse_forward: dict[int, tuple[SplitTile, SplitTile]]
     sparse_backward: tuple[SplitTile, SplitTile]
+    sparse_values: SplitTile
     sparse_item: ItemTile
     adam: AdamTile
 
@@ -111,7 +113,7 @@ class ChipTiles(NamedTuple):
         return self.sparse_forward[dtype.itemsize][n_users >= MANY_USERS]
 
     def sparse_backward_tile(self, n_users: int) -> SplitTile:
-        """Tile of sparse_linear's gradients that go through the clicks of a user."""
+        """Tile of sparse_linear's weight gradient that goes through the clicks of a user."""
         return self.sparse_backward[n_users >= MANY_USERS]
 
 
@@ -148,6 +150,7 @@ _SM_80 = ChipTiles(
         4: (SplitTile(32, 128, 1, 8, 32), SplitTile(32, 128, 1, 4, 128)),
     },
     sparse_backward=(SplitTile(32, 128, 4, 8, 32), SplitTile(32, 128, 4, 4, 32)),
+    sparse_values=SplitTile(16, 128, 2, 8, 32),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=128, num_warps=1),
     adam=AdamTile(block=512, num_warps=4),
 )
@@ -166,7 +169,8 @@ _GFX942 = _SM_80._replace(
     },
     backward_row=RowTile(block_i=4096, split_i=16_384, block_nnz=256, num_warps=8),
     # its warps have 64 threads
-    sparse_backward=(SplitTile(32, 128, 2, 8, 32), SplitTile(32, 128, 2, 4, 32)),
+    sparse_backward=(SplitTile(16, 128, 1, 8, 32), SplitTile(16, 128, 1, 4, 32)),
+    sparse_values=SplitTile(16, 128, 1, 8, 32),
     sparse_item=ItemTile(block_words=64, block_u=8, block_d=256, num_warps=1),
     adam=AdamTile(block=512, num_warps=2),
 )
@@ -195,6 +199,7 @@ TABLE = {
         gathered_clicks=_INTERPRETER_CLICKS,
         sparse_forward={2: _INTERPRETER_SPARSE, 4: _INTERPRETER_SPARSE},
         sparse_backward=_INTERPRETER_SPARSE,
+        sparse_values=_INTERPRETER_SPARSE[0],
         sparse_item=ItemTile(block_words=2, block_u=8, block_d=256, num_warps=1),
         adam=AdamTile(block=256, num_warps=1),
     ),

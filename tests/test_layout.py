@@ -108,7 +108,7 @@ def test_only_tests_bench_and_docs_import_the_reference():
     assert [m for m, targets in GRAPH.items() if "fastvae.reference" in targets] == []
 
 
-@not_yet("train, data, events, cli, kernels/sparse_linear")
+@not_yet("train")
 def test_files_are_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {path.name: n for path, n in lengths.items() if n > MAX_LINES} == {}
@@ -133,7 +133,6 @@ def test_functions_are_short():
     assert long == {}
 
 
-@not_yet("three kernels have 17")
 def test_kernels_have_few_arguments():
     many = {}
     for name, node in functions():

@@ -663,3 +663,47 @@ def test_a_cuda_graph_follows_rows_and_seed():
         graph.replay()
         for replayed, wanted in zip(captured, step(), strict=True):
             assert torch.equal(replayed, wanted)
+
+
+@pytest.mark.parametrize("counts", [False, True], ids=["binary", "counts-and-tanh-of-the-input"])
+@pytest.mark.parametrize(
+    ("n_splits", "split_nnz"), [(1, BLOCK_NNZ), (2, 2 * BLOCK_NNZ), (8, BLOCK_NNZ)]
+)
+def test_rows_around_the_cuts_of_their_splits(n_splits, split_nnz, counts):
+    # one below, at and above each program's share, and a row that comes round to the first program again
+    tile = TILE._replace(n_splits=n_splits, split_nnz=split_nnz)
+    around = [split_nnz * n + d for n in (1, n_splits) for d in (-1, 0, 1)]
+    lengths = [0, 1, *around, 2 * n_splits * split_nnz + 3]
+    clicks = random_clicks(lengths, max(lengths) + 1, counts=counts)
+    weight, bias = random_layer(clicks.n_items, 8)
+    check(clicks, weight, bias, tile=tile, tanh_input=counts)
+
+
+def test_a_split_row_keeps_the_clicks_of_an_unsplit_one():
+    # without rounding: weights of one, no norm, so that y counts the clicks that dropout keeps
+    clicks = random_clicks([200, 3, 0, 64], 300)
+    weight, _ = random_layer(300, 8)
+    options = {"normalize": False, "tanh": False, "dropout": 0.5}
+    sums = [
+        forward(clicks, torch.ones_like(weight), tile=TILE._replace(n_splits=n), **options)[0]
+        for n in (1, 2, 8)
+    ]
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
+def test_a_split_row_gives_the_same_bits_again():
+    clicks = random_clicks([200, 3, 0, 64], 300, counts=True)
+    weight, bias = random_layer(300, 50)
+    tile = TILE._replace(n_splits=8)
+    first, second = (forward(clicks, weight, bias, tile=tile)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_row_ids_that_do_not_lie_side_by_side_are_refused():
+    indptr, indices, values, _ = csr(random_clicks([2] * 6, 9, counts=True))
+    weight, bias = random_layer(9, 8)
+    column = torch.arange(6, device=DEVICE).view(3, 2)[:, 0]
+    for rows in (torch.arange(6, device=DEVICE)[::2], column, column[:1].expand(3)):
+        strided = (indptr, indices, values, rows)
+        with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride \d$"):
+            sparse_linear_fwd(strided, weight, bias, seed_tensor(SEED), **OPTIONS, tile=TILE)
