@@ -54,6 +54,12 @@ def commands(page):
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_of_a_kind_that_is_run(page):
+    fences = re.findall(r"^```(.*)$", PAGES[page], re.MULTILINE)
+    assert set(fences[::2]) <= {"sh", "python"} and set(fences[1::2]) <= {""}
+
+
 PLANNED = [(page, c) for page in PAGES for c in commands(page) if c[0] != "fastvae"]
 
 
@@ -202,5 +208,5 @@ def test_one_name_leads_from_the_readme_to_the_line_that_reads_a_weight_row():
         for name in re.findall(r"`(_?sparse_linear\w*)`", hop):
             assert f"\ndef {name}(" in source, name
     (line,) = re.findall(r"`(weight = tl\.load\([^`]*), \.\.\.\)`", hops[2])
-    kernel = sources[2][sources[2].index("\ndef _sparse_linear_fwd_kernel(") :]
-    assert line in kernel[: kernel.index("\n@triton.jit")]
+    kernel = sources[2].split("\ndef _sparse_linear_fwd_kernel(")[1].split("\n@triton.jit")[0]
+    assert line in kernel
