@@ -2,9 +2,9 @@
 
     python -m bench host
 
-The model is so small that its arithmetic takes no time, its tensors say that they were on a GPU, and Triton compiles and binds
-each kernel for a chip but launches nothing. So the figures are the host's share of a GPU's step, less what the driver takes for
-each launch (about 2 us); the launches are counted beside them.
+The model is so small that its arithmetic takes no time, its tensors say that they were on a GPU, and Triton compiles
+and binds each kernel for a chip but launches nothing. So the figures are the host's share of a GPU's step, less what
+the driver takes for each launch (about 2 us); the launches are counted beside them.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m bench launches
 
-A launch is a Triton kernel, or a call of torch that computes or copies: views, shapes and allocations launch nothing. The step
-is fit's own, on CPU tensors that say they were on a GPU, and Triton's kernels are left out.
+A launch is a Triton kernel, or a call of torch that computes or copies: views, shapes and allocations launch nothing.
+The step is fit's own, on CPU tensors that say they were on a GPU, and Triton's kernels are left out.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _launches(func: Any, result: Any) -> bool:
 
 @contextlib.contextmanager
 def pretended_gpu(launch: Callable[..., None] | None = None, chip: str = CHIP) -> Iterator[None]:
-    """CPU tensors take the ways of a GPU's; launch(kernel, ...), where given, is called in place of each Triton kernel."""
+    """CPU tensors take the ways of a GPU's; launch(kernel, ...), where given, is called in place of Triton kernels."""
     patches: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "is_cuda", property(lambda _: True)),
         (tiles, "chip_of", lambda _: chip),

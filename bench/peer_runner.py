@@ -1,9 +1,12 @@
 """Train one package's own Mult-VAE on the clicks of a file; bench peers runs this inside that package's environment.
 
-python -I peer_runner.py NAME clicks.npz EPOCHS     prints JSON as its last line; needs numpy, scipy, torch and the package
+python -I peer_runner.py NAME clicks.npz EPOCHS     prints JSON as its last line
 
-Every runner builds the package's data set and model from x, lets the package's own loop train, and returns the model's
-number of parameters and a function for the log-probabilities of the first users, with x in that package's order of items.
+It needs numpy, scipy, torch and the package.
+
+Every runner builds the package's data set and model from x, lets the package's own loop train, and returns the
+model's number of parameters and a function for the log-probabilities of the first users, with x in that package's
+order of items.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m bench peers [--users N] [--threads N]     needs FASTVAE_DATA; writes bench/results/peers_cpu.json
 
-Processes run one after the other, ours between any two: ours, A, ours, B, ours, C, ours. All train on the same users with
-the same widths, batch and learning rate, in fp32, through the package's own data set and training loop.
+Processes run one after the other, ours between any two: ours, A, ours, B, ours, C, ours. All train on the same users
+with the same widths, batch and learning rate, in fp32, through the package's own data set and training loop.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ MODELS = {
     "rectorch": "rectorch 0.0.9b0, MultiVAE",
 }
 
-# read in the installed code; ours: inputs L2-normalised, dropout 0.5 on them, standard normal noise, kld summed over latents,
-# mean over users, beta from 0 up to the cap, users shuffled each epoch, xavier uniform weights, biases of std 0.001
+# read in the installed code; ours: inputs L2-normalised, dropout 0.5 on them, standard normal noise, kld summed over
+# latents, mean over users, beta from 0 up to the cap, users shuffled each epoch, xavier uniform weights, biases of std
+# 0.001
 DIFFERENCES = {
     "recbole": [
-        "noise of standard deviation 0.01 in place of 1 (model/general_recommender/multivae.py, MultiVAE.reparameterize)",
+        "noise of standard deviation 0.01 in place of 1 "
+        "(model/general_recommender/multivae.py, MultiVAE.reparameterize)",
         "latent_dimension counts mu and logvar together: 400 gives 200 latents (MultiVAE.__init__, forward)",
-        "item 0 is padding and has an input and a softmax class; user 0 is padding and is trained as a user without clicks "
-        "(model/abstract_recommender.py, AutoEncoderMixin.get_rating_matrix; data/dataloader/user_dataloader.py, UserDataLoader)",
+        "item 0 is padding and has an input and a softmax class; user 0 is padding and is trained as a user without "
+        "clicks (model/abstract_recommender.py, AutoEncoderMixin.get_rating_matrix; "
+        "data/dataloader/user_dataloader.py, UserDataLoader)",
         "clicks are kept as a matrix padded to the longest user, and each batch is made dense from it "
         "(data/dataset/dataset.py, Dataset._history_matrix; AutoEncoderMixin.get_rating_matrix)",
         "beta is counted from update 1, not 0 (MultiVAE.calculate_loss)",
@@ -212,5 +215,6 @@ def _print(rows: dict) -> None:
             continue
         print(
             f"{row['model']:28}{row['s_per_epoch']:8.1f} s an epoch {row['times_ours']:7.2f} x ours "
-            f"{row['cpu_s_per_epoch']:8.1f} s of processor {row['cpu_times_ours']:7.2f} x ours {row['peak_rss_gib']:7.2f} GiB   nll {row['nll_after']:.1f}"
+            f"{row['cpu_s_per_epoch']:8.1f} s of processor {row['cpu_times_ours']:7.2f} x ours "
+            f"{row['peak_rss_gib']:7.2f} GiB   nll {row['nll_after']:.1f}"
         )

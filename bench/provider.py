@@ -1,4 +1,4 @@
-"""What a benchmark times: a model with its optimiser and the form of batch that it takes, eager or as one CUDA graph."""
+"""What a benchmark times: a model with its optimiser and the batch that it takes, eager or as one CUDA graph."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Training steps of several providers, timed interleaved in one process after a check against the reference.
 
-python -m bench ratio [--shape ml20m] [--provider NAME ...] [--rounds 15]     writes bench/results/<machine>_<shape>.json
+python -m bench ratio [--shape ml20m] [--provider NAME ...] [--rounds 15]
+
+It writes bench/results/<machine>_<shape>.json.
 
 A GPU does ten steps in a turn before it is waited for, as in training, where the host runs ahead.
 """

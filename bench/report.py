@@ -43,8 +43,11 @@ def step_table(names: Iterable[str] = tuple(STEP_ROWS)) -> str:
     """Milliseconds per training step and peak memory on a CPU, at ML-20M's shape."""
     result = read("cpu_ml20m")
     rows, machine = result["providers"], result["machine"]
+    step = (
+        f"{result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores"
+    )
     lines = [
-        f"| training step, {result['n_items']:,} items, batch {result['batch_size']}, {machine['threads']} CPU cores | ms | times faster | peak MiB |",
+        f"| training step, {step} | ms | times faster | peak MiB |",
         "| --- | --: | --: | --: |",
     ]
     for name in names:
@@ -72,9 +75,9 @@ def peers_table() -> str:
             )
     lines.append("")
     lines.append(
-        f"{data['n_users']:,} users x {data['n_items']:,} items of MovieLens-10M, batch {settings['batch_size']}, fp32, "
-        f"{settings['threads']} threads. Times ours: "
-        "beside our runs directly before and after. What they compute differs: see `differs` in bench/results/peers_cpu.json."
+        f"{data['n_users']:,} users x {data['n_items']:,} items of MovieLens-10M, batch {settings['batch_size']}, "
+        f"fp32, {settings['threads']} threads. Times ours: beside our runs directly before and after. What they "
+        "compute differs: see `differs` in bench/results/peers_cpu.json."
     )
     return "\n".join(lines)
 
@@ -86,8 +89,8 @@ def memory_line() -> str:
     n_items = max(map(int, sizes["fastvae"]))
     peaks = ", ".join(f"{name} {rows[str(n_items)]:,.0f}" for name, rows in sizes.items())
     return (
-        f"Peak memory of training steps with {n_items:,} items, batch {result['batch_size']}, in MiB: {peaks}. Most of it is "
-        "weights, gradients and Adam's moments, which all have alike."
+        f"Peak memory of training steps with {n_items:,} items, batch {result['batch_size']}, in MiB: {peaks}. "
+        "Most of it is weights, gradients and Adam's moments, which all have alike."
     )
 
 

@@ -59,8 +59,8 @@ N_WEIGHTS = 8  # weights and biases of its four layers
 class Case(NamedTuple):
     """A kernel with one tile of the table, and what to expect of its code.
 
-    arguments holds types of runtime arguments (a tuple of them for a tuple; None: left out) and values of constexprs; what
-    it lacks comes from the tile, from TYPES, or else is a pointer to fp32 or an int32.
+    arguments holds types of runtime arguments (a tuple of them for a tuple; None: left out) and values of constexprs;
+    what it lacks comes from the tile, from TYPES, or else is a pointer to fp32 or an int32.
     """
 
     kernel: Any
@@ -110,7 +110,8 @@ def linear_multinomial_nll_cases(chip: str) -> Iterator[Case]:
         common |= {"N_HIDDEN": N_HIDDEN, "N_PADDED": N_PADDED, "WIDTH": N_HIDDEN + 8}
         yield Case(module._exp_row_kernel, dtype, table.exp_row, common, singles=(3, "block_nnz"))
         scaled = FixedTile(0, 0, 4)
-        yield Case(module._scale_hidden_kernel, dtype, scaled, common | {"BLOCK_D": 1024}, wide=False, singles=(2, "wide"))  # fmt: skip
+        arguments = common | {"BLOCK_D": 1024}
+        yield Case(module._scale_hidden_kernel, dtype, scaled, arguments, wide=False, singles=(2, "wide"))  # fmt: skip
 
 
 def exp_gemm_cases(chip: str) -> Iterator[Case]:

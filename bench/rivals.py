@@ -1,4 +1,4 @@
-"""The other ways to compute the step: the dense model from plain to as fast as torch makes it, and other sparse losses."""
+"""The other ways to compute the step: the dense model, plain to as fast as torch makes it; other sparse losses."""
 
 from __future__ import annotations
 

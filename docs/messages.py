@@ -117,8 +117,9 @@ def render() -> str:
         "call gave: `<where>: <argument> must <expected>, got <actual>`, and after a semicolon what to do.",
         "",
         "On the command line a message is one line on stderr, with exit code 2 (130 for Ctrl-C), and names the command",
-        "and its options: `train: --batch-size must be at least 1, got 0` for `fit: batch_size must be at least 1, got 0`.",
-        "A full disk or a missing right is Python's own OSError with the file's name; what was saved before is whole then.",
+        "and its options: `train: --batch-size must be at least 1, got 0` where Python's is",
+        "`fit: batch_size must be at least 1, got 0`. A full disk or a missing right is Python's own OSError with the",
+        "file's name; what was saved before is whole then.",
         "",
         "This page is written by `python -m docs.messages`; a test compares it with the source.",
     ]

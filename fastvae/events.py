@@ -78,7 +78,8 @@ def read_events(
     not matter.
 
     info["source"] holds what may have been meant otherwise: perhaps_no_ids, labels_of_0 (columns such as is_click
-    that were not asked for), quoted_ids, ids_with_spaces, line_ends_in_ids, kept_without_a_number. The command says these aloud.
+    that were not asked for), quoted_ids, ids_with_spaces, line_ends_in_ids, kept_without_a_number. The command says
+    these aloud.
     Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
     in a column that was taken for ids by its place; ImportError without polars.
     """

@@ -56,7 +56,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def is_not_finite(best: Tensor) -> Tensor:
-    """Which users have a score of nan or inf, bool [n_users]; best [n_users, k] from top_k, where such scores rank first."""
+    """Which users have a score of nan or inf, bool [n_users]; best [n_users, k] is top_k's, which ranks them first."""
     return ~(best[:, :1] < torch.inf).all(1)
 
 

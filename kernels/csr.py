@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# indptr [n_rows + 1] int64; indices [nnz] int32, sorted and distinct in each row; values [nnz] fp32, or None where every
-# click counts one; rows [n_users] int64, contiguous, or None for all rows in order
+# indptr [n_rows + 1] int64; indices [nnz] int32, sorted and distinct in each row; values [nnz] fp32, or None where
+# every click counts one; rows [n_users] int64, contiguous, or None for all rows in order
 Csr = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 

@@ -29,7 +29,7 @@ SMALLEST = tl.constexpr(1e-30)
 
 @triton.jit
 def store_results(results_ptr, u, n_clicks, total, nll):
-    """Store nll[u], and v[u] behind all nll; without clicks both are 0, though all logits be -inf; a click costs inf then."""
+    """Store nll[u], and v[u] behind all nll; without clicks both are 0; a click costs inf where all logits are -inf."""
     has_clicks = n_clicks > 0.0
     nll = tl.where(total == 0.0, float("inf"), nll)
     total = tl.where(total == 0.0, 1.0, total)

@@ -255,7 +255,7 @@ class Gradients:
         self.products: list[Tensor | None] = [None] * len(self.columns)
 
     def add(self, part: slice, d: Tensor, v: Tensor, dnll: Tensor) -> None:
-        """Take a range of the users along; d and v from exp_rows, dnll [n_users of the range] of any float and stride."""
+        """Take a range of the users along; d and v from exp_rows, dnll [its n_users] of any float and stride."""
         scaled, factor = _scale_hidden(self.hidden[part], v, dnll, d.dtype, self.needs[2])
         if self.dhidden is not None:
             first, *others = pieces(self.n_items, len(self.weight))

@@ -6,8 +6,9 @@
     dW[i] = sum_n a[n] * dpre[u(n), :]         over the clicks n of item i; dpre = gradient of the sum above
 
 W is read item-major: an item's n_hidden numbers lie side by side. The bias gradient is dpre.sum(0).
-A row has 5 to 5,000 clicks: a long one is split over programs, or it alone would be the time of its batch. The forward's
-programs leave partial sums, which a second kernel adds up in order: the same bits in every run, and nothing to zero.
+A row has 5 to 5,000 clicks: a long one is split over programs, or it alone would be the time of its batch. The
+forward's programs leave partial sums, which a second kernel adds up in order: the same bits in every run, and nothing
+to zero.
 Math: Liang et al. 2018, section 2.2 (arXiv:1802.05814). Reference: fastvae.reference.sparse_linear.
 """
 
@@ -215,7 +216,7 @@ def _sparse_linear_bwd_weight_ordered_kernel(
 
 
 def finish_cut(n_hidden: int) -> tuple[int, int]:
-    """Features and warps of a program that adds up partial sums: all features in most layers, 32 bytes a thread and split."""
+    """Features and warps of a program that adds up partial sums: mostly all features; 32 bytes a thread and split."""
     block_d = min(1024, tiles.next_power_of_2(n_hidden))
     return block_d, max(1, block_d // 256)
 

@@ -63,7 +63,7 @@ class ItemTile(NamedTuple):
 
 
 class AdamTile(NamedTuple):
-    """Block of a weight that one program of Adam updates: four numbers, 16 bytes of each tensor, for each of its threads."""
+    """Block of a weight that one program of Adam updates: four numbers, 16 bytes of each tensor, for each thread."""
 
     block: int
     num_warps: int
@@ -143,8 +143,9 @@ _SM_80 = ChipTiles(
     # no fewer clicks than threads: a click read twice could be read after it was changed
     stored_clicks=ClickTile(block_nnz=512, block_d=8, num_warps=4),
     gathered_clicks=ClickTile(block_nnz=64, block_d=32, num_warps=4),
-    # one warp a program, so that its sums need no shared memory. Few users: each block of a row to another program, for the
-    # longest row's sake. Many: programs abound, and a row is split where it is long, for the sake of the partial sums' bytes
+    # one warp a program, so that its sums need no shared memory. Few users: each block of a row to another program,
+    # for the longest row's sake. Many: programs abound, and a row is split where it is long, for the sake of the
+    # partial sums' bytes
     sparse_forward={
         2: (SplitTile(32, 128, 1, 8, 32), SplitTile(32, 128, 1, 4, 128)),
         4: (SplitTile(32, 128, 1, 8, 32), SplitTile(32, 128, 1, 4, 128)),

@@ -1,7 +1,7 @@
 """What a GPU's tensors go through between an op's name and its kernels, on CPU tensors in Triton's interpreter.
 
-The ops take the GPU's way where _dispatch.uses_kernels says so; here it says so of every tensor. Values and every gradient are
-compared with the reference in fp64, and what the ops promise to torch.compile with what they give.
+The ops take the GPU's way where _dispatch.uses_kernels says so; here it says so of every tensor. Values and every
+gradient are compared with the reference in fp64, and what the ops promise to torch.compile with what they give.
 """
 
 import itertools

@@ -51,7 +51,7 @@ FAR = []  # address ranges of far_memory
 
 @pytest.fixture(autouse=True)
 def no_access_out_of_bounds(monkeypatch):
-    """An access outside the launch's tensors fails in the interpreter; else a missing mask may read or add zeros unseen."""
+    """An access outside the launch's tensors fails in the interpreter: a missing mask might add zeros unseen."""
     if DEVICE == "cuda":
         return
     FAR.clear()
@@ -477,7 +477,7 @@ def test_launches_happen_on_the_tensors_device(monkeypatch):
 
 
 def far_memory(dtype, reach):
-    """at(offset, n): n numbers at an offset below reach from an origin. They start as 0, on the CPU without taking memory.
+    """at(offset, n): n numbers at an offset below reach from an origin. They start as 0, and take no memory on a CPU.
 
     As much lies before the origin, where an offset that wraps at 32 bits lands: wrong, but not out of bounds.
     """

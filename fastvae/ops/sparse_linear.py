@@ -1,7 +1,7 @@
 """sparse_linear: the first dense layer on sparse clicks, with L2 norm, input dropout, bias and tanh in one op.
 
-CUDA tensors take the Triton kernels of fastvae.kernels.sparse_linear. CPU tensors take the functions below: a gather-sum
-is torch's embedding_bag, and the weight gradient is an embedding_bag too, over the transposed batch.
+CUDA tensors take the Triton kernels of fastvae.kernels.sparse_linear. CPU tensors take the functions below: a
+gather-sum is torch's embedding_bag, and the weight gradient is an embedding_bag too, over the transposed batch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def sparse_linear(
     weight      [n_hidden, n_items]  float; fastest where weight.t() is contiguous (item-major), as in the models
     bias        [n_hidden]           weight's dtype, or None
     dropout     probability 0..1 to drop a click, after the norm; kept clicks are scaled by 1 / (1 - dropout)
-    seed        [1] int64 on clicks' device, needed where dropout > 0; fastvae.reference.dropout_keep says which clicks a seed keeps
+    seed        [1] int64 on clicks' device, needed where dropout > 0; see fastvae.reference.dropout_keep
     normalize   divide each row by its L2 norm
     tanh        apply tanh to the result
     tanh_input  apply tanh to the normalised, dropped-out clicks too
@@ -153,7 +153,7 @@ def _dweight_cpu(
     dropout: float,
     tanh_input: bool,
 ) -> Tensor:
-    """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's dtype (fp32, fp64)."""
+    """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's fp32 or fp64."""
     batch = Rows((indptr, indices, values, rows), dpre.dtype)
     item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
     order = torch.argsort(item, stable=True)
