@@ -5,10 +5,10 @@ import sys
 
 COMMANDS = {
     "ratio": "training steps of fastvae and of the usual ways, side by side",
-    "gpu": "on a GPU: its tests, step times at every shape and the tile search, within eight minutes",
+    "gpu": "on a GPU: its tests, profile, step times, quality and tile search, within five minutes",
     "tune": "search the launch configurations on a GPU and print the table",
     "report": "write the tables of README.md and docs/measured.md from bench/results",
-    "profile": "where a CPU training step spends its time, by operator",
+    "profile": "where a training step spends its time: on a GPU by kernel, on a CPU by operator",
     "memory": "peak memory of training steps by number of items",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",

@@ -1,23 +1,26 @@
-"""Where a CPU training step's time goes: torch's profiler on fastvae's fp32 and bf16 step, by operator and shape.
+"""Where a training step's time goes, by torch's profiler.
 
-python -m bench profile [--shape ml20m] [--steps 10]     writes bench/results/profile_cpu_<shape>.json
+    python -m bench profile [--shape ml20m ...] [--steps 10] [--by operator|kernel] [--into FILE]
 
-Times are those of the calling thread, children not counted, with the profiler on: a few per cent more than the steps of
-bench ratio. The products of the last layer are the floor: no faster call of torch's for them is known.
+On a GPU by kernel: microseconds beside bytes, FLOP and the floor of both (bench/kernels.py). On a CPU by operator and shape,
+fastvae's fp32 and bf16 step: times are those of the calling thread, children not counted, with the profiler on, a few per
+cent more than the steps of bench ratio; the products of the last layer are the floor: no faster call of torch's for them is
+known. Writes bench/results/profile_<machine>_<shape>.json, or FILE.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.machine import describe
-from bench.ratio import N_BATCHES, RESULTS, take_turns
+from bench import kernels
+from bench.machine import RESULTS, add, card, describe, write
+from bench.ratio import N_BATCHES, take_turns
 from bench.steps import FLOORS, PROVIDERS, SHAPES, Shape, new_model
 
 WIDTHS = {1, 200, 400, 600}  # of the small layers
@@ -27,26 +30,37 @@ PHILOX = ("__rshift__", "bitwise_xor_", "bitwise_and_", "mul")  # on one number 
 
 
 def main(arguments: list[str]) -> None:
-    """Profile both steps, print their parts, write the JSON."""
+    """Profile each shape, print the parts of its step, write the JSON."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="ml20m")
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["ml20m"])
     parser.add_argument("--steps", type=int, default=10)
+    by = "kernel" if device == "cuda" else "operator"
+    parser.add_argument("--by", choices=("operator", "kernel"), default=by)
+    parser.add_argument("--into", type=Path, help="a file of several shapes, in place of one each")
     options = parser.parse_args(arguments)
-    shape = SHAPES[options.shape]
-    result = {
-        "machine": describe(),
-        "shape": options.shape,
-        "steps": options.steps,
-        "providers": {},
-    }
+    for name in options.shape:
+        row: dict[str, Any] = {"shape": name, "steps": options.steps}
+        if options.by == "kernel":
+            row |= kernels.measure(SHAPES[name], options.steps, device)
+            kernels.show(row)
+        else:
+            row["providers"] = by_operator(SHAPES[name], options.steps)
+        if options.into:
+            add(options.into, name, row)
+        else:
+            write(RESULTS / f"profile_{card()}_{name}.json", {"machine": describe(), **row})
+
+
+def by_operator(shape: Shape, n_steps: int) -> dict[str, dict[str, Any]]:
+    """The parts of the fp32 and the bf16 step, printed."""
+    rows = {}
     for name, floor in (("fastvae", "products"), ("fastvae-bf16", "products-bf16")):
-        row = measure(name, floor, shape, options.steps)
-        result["providers"][name] = row
+        rows[name] = row = measure(name, floor, shape, n_steps)
         print(f"{name}: {row['ms']} ms a step, its products alone {row['products_alone_ms']} ms")
         for part, ms in row["parts"].items():
             print(f"  {ms:8.2f} ms  {part}")
-    path = RESULTS / f"profile_cpu_{options.shape}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 def measure(name: str, floor_name: str, shape: Shape, n_steps: int) -> dict[str, Any]:

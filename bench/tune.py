@@ -1,30 +1,51 @@
 """Search the launch configurations of kernels/tiles.py on the GPU at hand, and print the table's lines.
 
-    python -m bench tune [--users 500 4096] [--items 20108] [--clicks 73]
+    python -m bench tune [--users 500 4096] [--items 20108] [--clicks 73] [--limit N] [--into FILE]
 
-Every candidate is compared with the table's own entry before it is timed; one that is wrong or does not fit the chip is left
-out and counted. The best of each kind is printed as source, beside the present entry and the gain; nothing is written.
+All candidates are compiled first, side by side in as many processes as there are cores. Each is then compared with the
+table's own entry before it is timed; one that is wrong or does not fit the chip is left out and counted. The best of each
+kind is printed as source, beside the present entry and the gain; the table itself is not written.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import multiprocessing
+import os
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.machine import describe
+from bench.machine import add, describe
 from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
 from fastvae.step import matmul_precision
 from fastvae.synthetic import synthetic_clicks
 
-N_HIDDEN = 600
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+
+
+class Search(NamedTuple):
+    """A kernel whose tile is sought: run(tile) launches it and gives what the candidates are compared by."""
+
+    name: str
+    run: Callable[[Any], Tensor]
+    present: Any  # the table's entry
+    candidates: Iterable[Any]
+    precision: str = "fp32"  # of torch's products beside the kernel
+
+    def chosen(self, limit: int | None) -> list[Any]:
+        """The candidates, or so many of them drawn at random, the same each time."""
+        candidates = list(self.candidates)
+        return random.Random(0).sample(candidates, min(limit or len(candidates), len(candidates)))
 
 
 def milliseconds(call: Callable[[], Any], device: str, rounds: int) -> float:
@@ -46,28 +67,49 @@ def milliseconds(call: Callable[[], Any], device: str, rounds: int) -> float:
     return statistics.median(times)
 
 
-def search(
-    name: str, run: Callable[[Any], Tensor], present: Any, candidates: Iterable[Any], options
-) -> None:
-    """Print the fastest of the candidates beside the present tile."""
-    expected = run(present).float()
-    best, best_ms = present, milliseconds(lambda: run(present), options.device, options.rounds)
-    present_ms, n_left_out = best_ms, 0
+def fastest(search: Search, options: argparse.Namespace) -> dict:
+    """The fastest of the candidates beside the present tile."""
+
+    def timed(tile: Any) -> float:
+        return milliseconds(lambda: search.run(tile), options.device, options.rounds)
+
+    expected = search.run(search.present).float()
+    best, best_ms, n_left_out = search.present, timed(search.present), 0
+    row = {"present": repr(best), "present_ms": round(best_ms, 4)}
+    candidates = search.chosen(options.limit)
     for tile in candidates:
         try:
-            actual = run(tile).float()
+            actual = search.run(tile).float()
             if not (actual - expected).norm() <= 1e-2 * expected.norm():
                 raise ValueError("wrong")
-            ms = milliseconds(lambda tile=tile: run(tile), options.device, options.rounds)
+            ms = timed(tile)
         except Exception:  # too much shared memory, too many registers, or wrong: not a candidate
             n_left_out += 1
             continue
         if ms < best_ms:
             best, best_ms = tile, ms
-    gain = present_ms / best_ms
-    print(
-        f"{name:44} {best!r:90} {best_ms:9.4f} ms, {gain:.2f} x the present entry; {n_left_out} left out"
-    )
+    row |= {
+        "best": repr(best),
+        "best_ms": round(best_ms, 4),
+        "gain": round(row["present_ms"] / best_ms, 2),
+    }
+    return {**row, "tried": len(candidates), "left_out": n_left_out}
+
+
+def compile_share(options: argparse.Namespace, share: int, n_shares: int) -> None:
+    """Launch every n-th tile once: Triton keeps the compiled kernels on the disk, where the timing finds them."""
+    for search in searches(options):
+        for tile in [search.present, *search.chosen(options.limit)][share::n_shares]:
+            with contextlib.suppress(Exception):  # what does not fit is counted when it is timed
+                search.run(tile)
+
+
+def compile_all(options: argparse.Namespace) -> None:
+    """compile_share in as many processes as there are cores."""
+    n = options.processes
+    with ProcessPoolExecutor(n, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(compile_share, options, share, n) for share in range(n)]:
+            done.result()
 
 
 def gemm_tiles() -> Iterable[tiles.GemmTile]:
@@ -96,12 +138,24 @@ def item_tiles() -> Iterable[tiles.ItemTile]:
     )
 
 
-def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
-    """The GEMM of each kind, and the fused way against torch's GEMM with a row kernel."""
+def searches(options: argparse.Namespace) -> Iterator[Search]:
+    """Every search, at each number of users."""
+    for n_users in options.users:
+        x = synthetic_clicks(n_users, options.items, n_users * options.clicks).to(options.device)
+        csr = (x.indptr, x.indices, x.values, x.row_ids)
+        yield from _linear_multinomial_nll(n_users, csr, options)
+        yield from _multinomial_nll(n_users, csr, options)
+        yield from _sparse_linear(n_users, csr, options)
+
+
+def _linear_multinomial_nll(n_users: int, csr, options) -> Iterator[Search]:
+    """The GEMM of each kind; and torch's GEMM with the row kernels, which has no tile."""
     table = tiles.of(torch.device(options.device))
     for kind, dtype in DTYPES.items():
-        hidden = torch.randn(n_users, N_HIDDEN, device=options.device).to(dtype)
-        weight = (0.05 * torch.randn(options.items, N_HIDDEN, device=options.device)).to(dtype)
+        hidden = torch.randn(n_users, options.hidden, device=options.device).to(dtype)
+        weight = (0.05 * torch.randn(options.items, options.hidden, device=options.device)).to(
+            dtype
+        )
 
         n_items = options.items
         d = torch.empty(
@@ -116,39 +170,39 @@ def tune_linear_multinomial_nll(n_users: int, csr, options) -> None:
                 hidden, weight, None, csr, n_items, d, fused=fused, tile=tile
             )[0]
 
-        name = f"linear_multinomial_nll {kind} {n_users} users"
-        with matmul_precision(kind):
-            search(name, run, table.gemm_tile(kind, n_users), gemm_tiles(), options)
-            plain = milliseconds(lambda run=run: run(None, False), options.device, options.rounds)
-        print(f"{name:44} torch's GEMM and the row kernels: {plain:.4f} ms")
+        name, present = (
+            f"linear_multinomial_nll {kind} {n_users} users",
+            table.gemm_tile(kind, n_users),
+        )
+        yield Search(name, run, present, gemm_tiles(), kind)
+        yield Search(f"{name}, torch's GEMM", lambda _, run=run: run(None, False), None, (), kind)
 
 
-def tune_multinomial_nll(n_users: int, csr, options) -> None:
+def _multinomial_nll(n_users: int, csr, options) -> Iterator[Search]:
     """Forward and backward row kernels."""
     table = tiles.of(torch.device(options.device))
     logits = torch.randn(n_users, options.items, device=options.device).to(torch.bfloat16)
     _, lse = multinomial_nll.multinomial_nll_fwd(logits, csr)
     dnll = torch.ones(n_users, device=options.device)
-    forward, backward = table.forward_row, table.backward_row
-    search(
+    yield Search(
         f"multinomial_nll forward {n_users} users",
         lambda tile: multinomial_nll.multinomial_nll_fwd(logits, csr, tile=tile)[0],
-        forward, row_tiles(forward.split_i), options,
+        table.forward_row, row_tiles(table.forward_row.split_i),
     )  # fmt: skip
-    search(
+    yield Search(
         f"multinomial_nll backward {n_users} users",
         lambda tile: multinomial_nll.multinomial_nll_bwd(logits, lse, dnll, csr, tile=tile),
-        backward, row_tiles(backward.split_i), options,
+        table.backward_row, row_tiles(table.backward_row.split_i),
     )  # fmt: skip
 
 
-def tune_sparse_linear(n_users: int, csr, options) -> None:
+def _sparse_linear(n_users: int, csr, options) -> Iterator[Search]:
     """Forward, weight gradient by atomics, weight gradient in order."""
     table = tiles.of(torch.device(options.device))
     seed = torch.tensor([1], device=options.device)
-    dpre = torch.randn(n_users, N_HIDDEN, device=options.device)
+    dpre = torch.randn(n_users, options.hidden, device=options.device)
     for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(options.items, N_HIDDEN, device=options.device).to(dtype)
+        weight = torch.randn(options.items, options.hidden, device=options.device).to(dtype)
 
         def forward(tile, weight=weight):
             return sparse_linear.sparse_linear_fwd(
@@ -157,13 +211,8 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
 
         present = table.sparse_forward_tile(dtype, n_users)
         name = f"sparse_linear forward {dtype} {n_users} users".replace("torch.", "")
-        search(
-            name,
-            lambda tile, f=forward: f(tile)[0],
-            present,
-            split_tiles((16, 32, 64), (1, 2)),
-            options,
-        )
+        candidates = split_tiles((16, 32, 64), (1, 2))
+        yield Search(name, lambda tile, f=forward: f(tile)[0], present, candidates)
     scale = forward(None)[1]
 
     def weight_gradient(deterministic, **tile):
@@ -171,32 +220,41 @@ def tune_sparse_linear(n_users: int, csr, options) -> None:
             dpre, csr, seed, scale, options.items, dropout=0.5, tanh_input=False, deterministic=deterministic, **tile
         )  # fmt: skip
 
-    search(
+    yield Search(
         f"sparse_linear backward, atomics {n_users} users",
         lambda tile: weight_gradient(False, tile=tile),
-        table.sparse_backward_tile(n_users), split_tiles((16, 32), (2, 4)), options,
+        table.sparse_backward_tile(n_users), split_tiles((16, 32), (2, 4)),
     )  # fmt: skip
-    search(
+    yield Search(
         f"sparse_linear backward, ordered {n_users} users",
         lambda tile: weight_gradient(True, item_tile=tile),
-        table.sparse_item, item_tiles(), options,
+        table.sparse_item, item_tiles(),
     )  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
-    """Search every table and print."""
+    """Compile, time and print every search, and keep each as it is done."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     parser.add_argument("--users", type=int, nargs="*", default=[500, 4096])
     parser.add_argument("--items", type=int, default=20_108)
     parser.add_argument("--clicks", type=int, default=73, help="of a user, in the mean")
+    parser.add_argument("--hidden", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--limit", type=int, help="candidates of each search at most")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
+    parser.add_argument("--into", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("tune: a GPU is needed, and torch finds none")
-    options.device = "cuda"
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        raise SystemExit(
+            "tune: a GPU is needed, and torch finds none; TRITON_INTERPRET=1 rehearses"
+        )
     print(describe())
-    for n_users in options.users:
-        x = synthetic_clicks(n_users, options.items, n_users * options.clicks).to("cuda")
-        csr = x.csr
-        for tune in (tune_linear_multinomial_nll, tune_multinomial_nll, tune_sparse_linear):
-            tune(n_users, csr, options)
+    compile_all(options)
+    for search in searches(options):
+        with matmul_precision(search.precision):
+            row = fastest(search, options)
+        print(f"{search.name:60} {row['best']:90} {row['best_ms']:9.4f} ms, {row['gain']:.2f} x the present "
+              f"entry; {row['left_out']} of {row['tried']} left out", flush=True)  # fmt: skip
+        if options.into:
+            add(options.into, search.name, row)

@@ -1,9 +1,17 @@
 """What the benchmarks compute around their timings: a wrong ratio would be believed."""
 
+import inspect
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from bench import peers, profile, ratio, report
+from bench import gpu, kernels, machine, peers, profile, pytest_results, ratio, report
 from bench.provider import NotTimed
 from bench.steps import PROVIDERS, Shape, check, new_model
 
@@ -148,3 +156,122 @@ def test_the_parts_of_a_profile_add_up():
     row = profile.measure("fastvae", "products", SHAPE, 2)
     assert sum(row["parts"].values()) == pytest.approx(row["profiled_ms"], abs=0.2)
     assert row["parts"]["fused Adam"] > 0
+
+
+def test_the_gpu_run_is_rehearsed_without_the_packages_that_a_gpu_machine_lacks(
+    tmp_path, monkeypatch
+):
+    for name in ("typer", "rich", "polars", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name}')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = tmp_path / "out"
+    gpu.main(["--out", str(out), "--rehearse"])
+    result = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    rows = {name.removeprefix("rehearsal_"): file.get("rows") for name, file in result.items()}
+    assert [row["code"] for row in rows["commands"].values()] == [0] * len(gpu.PARTS)
+    assert result["rehearsal_tests"]["counts"] == {"passed": 1, "skipped": 1}
+    assert rows["profile"]["toy"]["captured_ms"] > 0 and rows["profile"]["toy"]["kernels"]
+    assert rows["ratio"]["toy"]["not_timed"] == {}
+    assert rows["ratio"]["toy"]["providers"].keys() == {*gpu.PROVIDERS, "products-bf16"}
+    assert rows["quality"]["toy"]["epochs_to_target"] == 1
+    assert all(row["left_out"] == 0 for row in rows["tiles"].values()) and len(rows["tiles"]) == 12
+    assert len(list(out.iterdir())) <= 8, "more files do not come back from some machines"
+
+
+def test_a_command_out_of_time_ends_with_its_children_and_keeps_what_it_printed(tmp_path):
+    mark = f"sleep {time.time() % 1000 + 1000:.6f}"
+    code = f"import os, time; print('so far', flush=True); os.system('{mark}')"
+    command = gpu.Command("a", 0, ["timeit", "-n", "1", "-r", "1", code])
+    status, tail = gpu.run(command, 4, tmp_path / "log")
+    assert status is None and "so far" in tail
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not any(mark.split()[1].encode() in line for line in running)
+
+
+def test_a_gpu_is_asked_every_part_in_time():
+    commands = gpu.commands("x")
+    assert {command.part for command in commands} == set(gpu.PARTS)
+    assert {"tests/test_gpu.py", "tests/test_sparse_linear_kernel.py"} <= set(commands[0].arguments)
+    for command in commands[1:]:
+        into = command.arguments[command.arguments.index("--into") + 1]
+        assert re.fullmatch(r"x_\w+\.json", into)
+
+
+def test_test_results_hold_failures_and_counts(tmp_path):
+    results = pytest_results.Results(tmp_path / "tests.json")
+    for when, outcome in (
+        ("setup", "passed"),
+        ("call", "failed"),
+        ("teardown", "passed"),
+        ("setup", "skipped"),
+    ):
+        results.pytest_runtest_logreport(SimpleNamespace(
+            when=when, outcome=outcome, passed=outcome == "passed", failed=outcome == "failed",
+            nodeid="t.py::a", longreprtext="line\nE  assert 1 == 2", duration=0.26,
+        ))  # fmt: skip
+    results.write()
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert not found["finished"] and found["counts"] == {"failed": 1, "skipped": 1}
+    assert found["failures"] == {"t.py::a": ["line", "E  assert 1 == 2"]}
+    assert found["longest"] == {"t.py::a": 0.3}
+
+
+def test_a_second_call_adds_to_a_result_file(tmp_path):
+    path = tmp_path / "x_ratio.json"
+    machine.add(path, "ml20m", {"ms": 1})
+    machine.add(path, "50k", {"ms": 2})
+    machine.add(path, "ml20m", {"ms": 3})
+    assert json.loads(path.read_text())["rows"] == {"ml20m": {"ms": 3}, "50k": {"ms": 2}}
+
+
+def on_cpu(name, shapes, *launched, dtypes=None):
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CPU, input_shapes=shapes, input_dtypes=dtypes,
+        kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in launched],
+    )  # fmt: skip
+
+
+def on_device(name, us):
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CUDA, time_range=SimpleNamespace(elapsed_us=lambda: us)
+    )
+
+
+def test_every_kernel_of_a_gpu_profile_is_counted_once_with_its_work_and_floor():
+    half = ["c10::BFloat16"] * 3
+    events = [
+        on_cpu("Optimizer.step", [], ("Optimizer.step", 99.0)),  # a named range is no kernel
+        on_cpu("aten::mm", [[500, 600], [600, 64], []], ("nvjet", 8.0), ("splitk_reduce", 2.0), dtypes=half),
+        on_cpu("fastvae::op", [[500, 600]], ("_exp_gemm_kernel", 50.0), dtypes=half),
+        on_cpu("aten::zero_", [[1000]], ("Memset", 3.0), dtypes=["float"]),
+        *(on_device(name, us) for name, us in [("nvjet", 8.0), ("splitk_reduce", 2.0), ("Memset", 3.0)]),
+        on_device("Optimizer.step", 99.0),
+        on_device("_exp_gemm_kernel", 50.0),
+        on_device("_exp_gemm_kernel", 5.0),  # launched by no operator of torch's
+    ]  # fmt: skip
+    size = kernels.Size(users=500, items=64, clicks=4000, weights=10**6)
+    rows = kernels.by_kernel(kernels.launches(events, "cuda"), size, (1e12, 1e14), n_steps=1)
+    assert [(row["kernel"], row["us"], row["calls"]) for row in rows] == [
+        ("_exp_gemm_kernel", 55.0, 2), ("nvjet", 8.0, 1), ("Memset", 3.0, 1), ("splitk_reduce", 2.0, 1)
+    ]  # fmt: skip
+    gemm, product, fill, reduction = rows
+    n_bytes = 2 * (500 * 600 + 600 * 64 + 500 * 64)
+    assert gemm["mb"] == product["mb"] == round(n_bytes / 1e6, 2)
+    assert product["floor_us"] == round(n_bytes / 1e6, 2) and product["gflop"] == 0.04
+    assert fill["mb"] == 0.0 and fill["floor_us"] == 0.0
+    assert reduction["floor_us"] is None, "the product's work is not counted twice"
+
+
+def test_the_floor_is_the_longer_of_bytes_and_flop():
+    launch = kernels.Launch("k", 1.0, "aten::mm", ((100, 100), (100, 100)), (4, 4), True)
+    size = kernels.Size(1, 1, 1, 1)
+    (slow_copy,) = kernels.by_kernel([launch], size, (1e9, 1e15), 1)
+    (slow_product,) = kernels.by_kernel([launch], size, (1e15, 1e9), 1)
+    assert slow_copy["floor_us"] == 120.0 and slow_product["floor_us"] == 2000.0
+
+
+def test_kernels_with_a_formula_exist():
+    folder = Path(inspect.getfile(kernels)).parent.parent / "kernels"
+    sources = "".join(path.read_text() for path in folder.glob("*.py"))
+    for part in kernels.WORK.keys() - {"adam"}:  # torch's, by way of a template
+        assert re.search(rf"def \w*{part}\w*\(", sources), part
