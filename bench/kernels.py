@@ -38,6 +38,7 @@ class Size(NamedTuple):
     clicks: int  # of the batch; dropout keeps half of them in the first layer
     weights: int
     hidden: int = 600
+    latent: int = 200
 
 
 class Launch(NamedTuple):
@@ -55,18 +56,27 @@ class Launch(NamedTuple):
 
 # by a part of the kernel's name: bytes and FLOP of all its launches of a step, with bf16 weights and buffers
 WORK: dict[str, Callable[[Size], tuple[float, float]]] = {
+    "exp_gemm_raised": lambda s: (0, 0),  # leaves at once where no row is raised
     "exp_gemm": lambda s: (
         2 * (s.users * s.hidden + s.items * s.hidden + s.users * s.items),
         2 * s.users * s.items * s.hidden,
     ),
+    "exp_row_kernel": lambda s: (4 * s.users * s.items, 0),
+    "scale_hidden": lambda s: (4 * s.users * s.hidden, 0),
     "clicks_kernel": lambda s: (8 * s.clicks, 0),
     "multinomial_nll_fwd": lambda s: (2 * s.users * s.items, 0),
     "multinomial_nll_bwd": lambda s: (4 * s.users * s.items, 0),
+    # encoded and noise read, z written; back: dz too, dencoded written
+    "sample_latent_fwd": lambda s: (16 * s.users * s.latent, 0),
+    "sample_latent_bwd": lambda s: (24 * s.users * s.latent, 0),
+    # one part of a row at least
+    "sparse_linear_finish": lambda s: (6 * s.users * s.hidden, 0),
     "sparse_linear_fwd": lambda s: (s.clicks * (4 + s.hidden) + 2 * s.users * s.hidden, s.clicks * s.hidden),
     # atomics read and write fp32 sums
     "sparse_linear_bwd_weight": lambda s: (4 * s.clicks * (1 + s.hidden), s.clicks * s.hidden),
-    # weight, gradient and two moments read, all but the gradient written
-    "adam": lambda s: (28 * s.weights, 0),
+    # weight, gradient and two moments read, all but the gradient written, and a bf16 copy of the weight; torch's has none
+    "_adam_kernel": lambda s: (30 * s.weights, 0),
+    "fusedadam": lambda s: (28 * s.weights, 0),
 }  # fmt: skip
 
 

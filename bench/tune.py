@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from bench.machine import add, describe
-from fastvae.kernels import linear_multinomial_nll, multinomial_nll, sparse_linear, tiles
+from fastvae.kernels import linear_multinomial_nll, multinomial_nll, products, sparse_linear, tiles
 from fastvae.step import matmul_precision
 from fastvae.synthetic import synthetic_clicks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+# of a searching process: logits, their gradient and buffers of two kinds; a context takes half a GiB beside them
+BYTES_PER_LOGIT = 16
 
 
 class Search(NamedTuple):
@@ -105,8 +107,11 @@ def compile_share(options: argparse.Namespace, share: int, n_shares: int) -> Non
 
 
 def compile_all(options: argparse.Namespace) -> None:
-    """compile_share in as many processes as there are cores."""
+    """compile_share in as many processes as asked for and the memory holds."""
     n = options.processes
+    if options.device == "cuda":
+        of_each = 2**30 + BYTES_PER_LOGIT * max(options.users) * options.items
+        n = max(1, min(n, torch.cuda.mem_get_info()[0] // of_each))
     with ProcessPoolExecutor(n, multiprocessing.get_context("spawn")) as pool:
         for done in [pool.submit(compile_share, options, share, n) for share in range(n)]:
             done.result()
@@ -153,28 +158,21 @@ def _linear_multinomial_nll(n_users: int, csr, options) -> Iterator[Search]:
     table = tiles.of(torch.device(options.device))
     for kind, dtype in DTYPES.items():
         hidden = torch.randn(n_users, options.hidden, device=options.device).to(dtype)
-        weight = (0.05 * torch.randn(options.items, options.hidden, device=options.device)).to(
-            dtype
-        )
-
-        n_items = options.items
-        d = torch.empty(
+        weight = 0.05 * torch.randn(options.items, options.hidden, device=options.device)
+        weight = products.cast_weight(weight, dtype)
+        d = weight.new_empty(
             n_users,
-            linear_multinomial_nll.stored_width(n_items),
+            products.stored_width(options.items),
             dtype=linear_multinomial_nll.stored_dtype(dtype),
-            device=options.device,
         )
 
-        def run(tile, fused=True, hidden=hidden, weight=weight, d=d, n_items=n_items):
+        def run(tile, fused=True, hidden=hidden, weight=weight, d=d):
             return linear_multinomial_nll.exp_rows(
-                hidden, weight, None, csr, n_items, d, fused=fused, tile=tile
+                hidden, weight, None, csr, options.items, d, fused=fused, tile=tile
             )[0]
 
-        name, present = (
-            f"linear_multinomial_nll {kind} {n_users} users",
-            table.gemm_tile(kind, n_users),
-        )
-        yield Search(name, run, present, gemm_tiles(), kind)
+        name = f"linear_multinomial_nll {kind} {n_users} users"
+        yield Search(name, run, table.gemm_tile(kind, n_users), gemm_tiles(), kind)
         yield Search(f"{name}, torch's GEMM", lambda _, run=run: run(None, False), None, (), kind)
 
 
