@@ -3,8 +3,8 @@
 The vendor's libraries take an old kernel, three times slower, where a dimension is no multiple of 8. So a buffer over
 the items is padded with zeros to stored_width columns, and a weight that has to be cast anyway with rows of zeros. One
 that need not be copied is multiplied in two pieces: a copy for the padding alone would cost n_items * n_hidden * 8
-bytes of traffic and half of that in memory each step (97 MB and 48 MB at 20,108 x 600 in fp32), a second product over fewer
-than 64 items one more pass over [n_users, n_hidden] (2.4 MB at 500 users).
+bytes of traffic and half of that in memory each step (97 MB and 48 MB at 20,108 x 600 in fp32), a second product over
+fewer than 64 items one more pass over [n_users, n_hidden] (2.4 MB at 500 users).
 """
 
 import torch
