@@ -1,6 +1,5 @@
 """What the benchmarks compute around their timings: a wrong ratio would be believed."""
 
-import contextlib
 import inspect
 import json
 import os
