@@ -161,9 +161,7 @@ def test_the_parts_of_a_profile_add_up():
     assert row["parts"]["fused Adam"] > 0
 
 
-def test_the_gpu_run_is_rehearsed_without_the_packages_that_a_gpu_machine_lacks(
-    tmp_path,
-):
+def test_the_gpu_run_is_rehearsed_without_the_packages_that_a_gpu_machine_lacks(tmp_path):
     for name in ("typer", "rich", "polars", "matplotlib"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name}')")
     out = tmp_path / "out"
@@ -196,6 +194,14 @@ def test_a_command_out_of_time_ends_with_its_children_and_keeps_what_it_printed(
             return
         time.sleep(0.1)
     pytest.fail("the child still sleeps")
+
+
+def test_a_command_is_not_begun_without_time(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"gpu: failed: b \(no time\)"):
+        gpu.main(["--out", str(tmp_path), "--rehearse", "--parts", "b", "--seconds", "5"])
+    rows = json.loads((tmp_path / "rehearsal_commands.json").read_text())["rows"]
+    assert [row["code"] for row in rows.values()] == [None]
+    assert "not begun" in capsys.readouterr().out
 
 
 def test_a_gpu_is_asked_every_part_in_time():
