@@ -47,9 +47,10 @@ def write(path: Path, result: dict) -> None:
 
 
 def add(path: Path, name: str, row: dict) -> None:
-    """Put a row beside those that the file of a GPU's part has from this run or an earlier one."""
-    before = json.loads(path.read_text())["rows"] if path.exists() else {}
-    write(path, {"machine": describe(), "rows": {**before, name: row}})
+    """Put a row beside those that the file has from the same machine and commit; others it drops."""
+    before, machine = json.loads(path.read_text()) if path.exists() else {}, describe()
+    same = all(before.get("machine", {}).get(k) == machine.get(k) for k in ("gpu", "cpu", "commit"))
+    write(path, {"machine": machine, "rows": {**(before["rows"] if same else {}), name: row}})
 
 
 def _cpu() -> str:

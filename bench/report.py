@@ -11,11 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.machine import RESULTS
+from bench.steps import SHAPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 
-SHAPES = ("netflix", "ml20m", "msd", "50k")
+PLOTTED = ("netflix", "ml20m", "msd", "50k")
+GPU_SHAPES = ("ml20m", "ml20m-24576", "50k-4096", "1m-1024")
+GPU_OURS = "fastvae-graph-bf16"
+RIVALS = {
+    "dense-padded-compiled-graph": "dense, items padded to 64, torch.compile, fused Adam",
+    "dense-padded-graph": "dense, items padded to 64, fused Adam",
+}
 STEP_ROWS = {
     "fastvae-bf16": "**fastvae**, bf16",
     "fastvae": "**fastvae**, fp32",
@@ -58,6 +65,51 @@ def step_table(names: Iterable[str] = tuple(STEP_ROWS)) -> str:
                 f"| {text} | {rows[name]['ms']:.0f} | {ratio:.1f} | {rows[name]['peak_mib']:.0f} |"
             )
     return "\n".join(lines)
+
+
+def newest_gpu() -> dict:
+    """The latest step times of a GPU."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*_ratio.json")]
+    return max(results, key=lambda result: result["machine"]["date"])
+
+
+def gpu_table() -> str:
+    """Milliseconds and memory of a captured bf16 step on a GPU: the strongest rival first, then ours."""
+    result = newest_gpu()
+    rows, machine = [result["rows"].get(name) for name in GPU_SHAPES], result["machine"]
+    first = rows[0]["providers"]
+    rival = min(first.keys() & RIVALS.keys(), key=lambda name: first[name]["ms"])
+    lines = [
+        "| training step, bf16, one CUDA graph: ms (MiB) |"
+        + "".join(f" {SHAPES[n].n_items:,} items, batch {SHAPES[n].batch_size:,} |" for n in GPU_SHAPES),
+        "| --- |" + " --: |" * len(rows),
+    ]  # fmt: skip
+    timed = {
+        name: [row["providers"].get(name) if row else None for row in rows]
+        for name in (rival, GPU_OURS)
+    }
+    for name, cells in timed.items():
+        text = RIVALS.get(name, "**fastvae**")
+        lines.append(f"| {text} | " + " | ".join(map(_step_cell, cells)) + " |")
+    ratios = [
+        f"{other['ms'] / ours['ms']:.2f}" if other and ours else "-"
+        for other, ours in zip(*timed.values(), strict=True)
+    ]
+    lines.append("| times faster | " + " | ".join(ratios) + " |")
+    eager = (
+        f" Without graphs, batch 500: fastvae {first['fastvae-bf16']['ms']:.1f} ms, dense {first['dense-bf16']['ms']:.1f}."
+        if {"fastvae-bf16", "dense-bf16"} <= first.keys()
+        else ""
+    )
+    where = f"{machine['gpu']}, {machine['date']}, commit {machine['commit'][:7]}, torch {machine['torch']}"
+    return "\n".join([*lines, "", f"{where}, triton {machine['triton']}.{eager}"])
+
+
+def _step_cell(row: dict | None) -> str:
+    if row is None:
+        return "not timed"
+    memory = f" ({row['peak_mib']:,.0f})" if "peak_mib" in row else ""
+    return f"{row['ms']:.{2 if row['ms'] < 10 else 1}f}{memory}"
 
 
 def peers_table() -> str:
@@ -130,6 +182,7 @@ def quality_table() -> str:
 
 TABLES = {
     "first": first_table,
+    "gpu": gpu_table,
     "step": step_table,
     "quality": quality_table,
     "peers": peers_table,
@@ -167,7 +220,7 @@ def draw(name: str, label: str, curves: dict[str, dict[int, float]]) -> None:
 
 def plots() -> None:
     """Step time and peak memory by number of items."""
-    results = [read(f"cpu_{shape}") for shape in SHAPES]
+    results = [read(f"cpu_{shape}") for shape in PLOTTED]
     names = set.intersection(*(set(result["providers"]) for result in results))
     times = {
         name: {result["n_items"]: result["providers"][name]["ms"] for result in results}

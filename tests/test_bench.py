@@ -138,6 +138,31 @@ def test_the_plots_show_what_their_axes_say(monkeypatch):
     assert curves["dense"][80_000] == report.read("memory_cpu")["peak_mib"]["dense"]["80000"]
 
 
+def test_the_gpu_table_takes_the_latest_run_and_shows_the_strongest_rival_first(
+    tmp_path, monkeypatch
+):
+    def providers(**ms):
+        rows = {name.replace("_", "-"): {"ms": t, "peak_mib": 1234.4} for name, t in ms.items()}
+        return {"providers": rows}
+
+    rows = {
+        "ml20m": providers(fastvae_graph_bf16=2.0, dense_padded_graph=1.0, dense_padded_compiled_graph=4.0),
+        "1m-1024": providers(fastvae_graph_bf16=20.0),
+    }  # fmt: skip
+    card = {"gpu": "CARD", "commit": "0123456789ab", "torch": "2", "triton": "3"}
+    for name, date in (("a", "2026-12-01"), ("b", "2026-12-02"), ("c", "2026-11-30")):
+        result = {"machine": {**card, "date": date}, "rows": rows if name == "b" else {}}
+        (tmp_path / f"{name}_ratio.json").write_text(json.dumps(result))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    head, _, rival, ours, ratio, _, caption = report.gpu_table().splitlines()
+    assert "20,108 items, batch 500" in head
+    assert rival.startswith("| dense, items padded to 64, fused Adam | 1.00 (1,234) | not timed |")
+    assert ours.startswith("| **fastvae** | 2.00 (1,234) | not timed |")
+    assert ours.endswith("| 20.0 (1,234) |")
+    assert ratio == "| times faster | 0.50 | - | - | - |"
+    assert caption == "CARD, 2026-12-02, commit 0123456, torch 2, triton 3."
+
+
 @pytest.mark.parametrize(
     ("operator", "shapes", "part"),
     [
@@ -232,12 +257,15 @@ def test_test_results_hold_failures_and_counts(tmp_path):
     assert found["longest"] == {"t.py::a": 0.3}
 
 
-def test_a_second_call_adds_to_a_result_file(tmp_path):
+def test_a_second_call_adds_to_a_result_file_of_its_commit(tmp_path, monkeypatch):
     path = tmp_path / "x_ratio.json"
     machine.add(path, "ml20m", {"ms": 1})
     machine.add(path, "50k", {"ms": 2})
     machine.add(path, "ml20m", {"ms": 3})
     assert json.loads(path.read_text())["rows"] == {"ml20m": {"ms": 3}, "50k": {"ms": 2}}
+    monkeypatch.setattr(machine, "_commit", lambda: "another")
+    machine.add(path, "1m-1024", {"ms": 4})
+    assert json.loads(path.read_text())["rows"] == {"1m-1024": {"ms": 4}}
 
 
 def on_cpu(name, shapes, *launched, dtypes=None):
