@@ -147,11 +147,15 @@ def test_the_gpu_table_takes_the_latest_run_and_shows_the_strongest_rival_first(
 
     rows = {
         "ml20m": providers(fastvae_graph_bf16=2.0, dense_padded_graph=1.0, dense_padded_compiled_graph=4.0),
-        "1m-1024": providers(fastvae_graph_bf16=20.0),
+        "50k-4096": providers(fastvae_graph_bf16=20.0),
     }  # fmt: skip
     card = {"gpu": "CARD", "commit": "0123456789ab", "torch": "2", "triton": "3"}
     for name, date in (("a", "2026-12-01"), ("b", "2026-12-02"), ("c", "2026-11-30")):
-        result = {"machine": {**card, "date": date}, "rows": rows if name == "b" else {}}
+        result = {
+            "machine": {**card, "date": date},
+            "rows": rows if name == "b" else {},
+            "note": name,
+        }
         (tmp_path / f"{name}_ratio.json").write_text(json.dumps(result))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     head, _, rival, ours, ratio, _, caption = report.gpu_table().splitlines()
@@ -159,8 +163,8 @@ def test_the_gpu_table_takes_the_latest_run_and_shows_the_strongest_rival_first(
     assert rival.startswith("| dense, items padded to 64, fused Adam | 1.00 (1,234) | not timed |")
     assert ours.startswith("| **fastvae** | 2.00 (1,234) | not timed |")
     assert ours.endswith("| 20.0 (1,234) |")
-    assert ratio == "| times faster | 0.50 | - | - | - |"
-    assert caption == "CARD, 2026-12-02, commit 0123456, torch 2, triton 3."
+    assert ratio == "| times faster | 0.50 | - | - |"
+    assert caption == "CARD, 2026-12-02, commit 0123456, torch 2, triton 3. b"
 
 
 @pytest.mark.parametrize(
