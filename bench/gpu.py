@@ -8,10 +8,10 @@
     d  quality    seconds to the NDCG of ml10m, where FASTVAE_DATA is
     e  tiles      the search for launch configurations
 
-Each command is a process with a time limit of its own, so that one that fails or hangs leaves the others' results. What is
-measured lies in DIR as soon as it is, in a file for each part named by the card, beside the log of all output. A second
-call with the same DIR adds to it. --rehearse runs all of it on a CPU at toy size, where a graph or a compiled loss is
-eager and a kernel runs in Triton's interpreter.
+Each command is a process with a time limit of its own, so that one that fails or hangs leaves the others' results.
+What is measured lies in DIR as soon as it is, in a file for each part named by the card, beside the log of all
+output. A second call with the same DIR adds to it. --rehearse runs all of it on a CPU at toy size, where a graph or a
+compiled loss is eager and a kernel runs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ def rehearsal(file: str) -> list[Command]:
         "-k",
         "opcheck or (binary and float32 and one-click)",
     ]
-    steps = ["--shape", "toy", "--into"]
+    profile = ["bench", "profile", "--by", "kernel", "--steps", "2"]
+    ratio, steps = ["bench", "ratio", "--rounds", "2"], ["--shape", "toy", "--into"]
     toy = "--users 3 --items 20 --clicks 5 --hidden 8 --rounds 1 --limit 1 --processes 1".split()
     return [
         Command("a", 60, [*pytest(file), *tests], REHEARSAL),
-        Command("b", 60, ["bench", "profile", "--by", "kernel", "--steps", "2", *steps, f"{file}_profile.json"], REHEARSAL),
-        Command("c", 60, ["bench", "ratio", "--rounds", "2", *steps, f"{file}_ratio.json", "--provider", *PROVIDERS], REHEARSAL),
+        Command("b", 60, [*profile, *steps, f"{file}_profile.json"], REHEARSAL),
+        Command("c", 60, [*ratio, *steps, f"{file}_ratio.json", "--provider", *PROVIDERS], REHEARSAL),
         Command("d", 60, ["bench", "quality", "toy", "--into", f"{file}_quality.json"], REHEARSAL),
         Command("e", 90, ["bench", "tune", "--into", f"{file}_tiles.json", *toy], REHEARSAL),
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The kernels of a training step on a GPU: microseconds of each beside its bytes, its FLOP, and the floor of both.
 
-The floor of a launch is the longer of its bytes at the card's measured rate of copying and its FLOP at the measured rate of
-a large bf16 product. What a torch operator moves follows from its shapes; our kernels, whose arguments the profiler does
-not see, have formulas here. A kernel that neither knows has no floor and shows as such.
+The floor of a launch is the longer of its bytes at the card's measured rate of copying and its FLOP at the measured
+rate of a large bf16 product. What a torch operator moves follows from its shapes; our kernels, whose arguments the
+profiler does not see, have formulas here. A kernel that neither knows has no floor and shows as such.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ WORK: dict[str, Callable[[Size], tuple[float, float]]] = {
     "sparse_linear_fwd": lambda s: (s.clicks * (4 + s.hidden) + 2 * s.users * s.hidden, s.clicks * s.hidden),
     # atomics read and write fp32 sums
     "sparse_linear_bwd_weight": lambda s: (4 * s.clicks * (1 + s.hidden), s.clicks * s.hidden),
-    # weight, gradient and two moments read, all but the gradient written, and a bf16 copy of the weight; torch's has none
+    # weight, gradient and two moments read, all but the gradient written; ours also writes a bf16 copy of the weight
     "_adam_kernel": lambda s: (30 * s.weights, 0),
     "fusedadam": lambda s: (28 * s.weights, 0),
 }  # fmt: skip
 
 
 def measure(shape: Shape, n_steps: int, device: str) -> dict[str, Any]:
-    """Milliseconds of the step, eager and captured, the card's rates, and the kernels of the eager step, longest first."""
+    """Milliseconds of the step, eager and captured; the card's rates; the kernels of the eager step, longest first."""
     clicks = shape.clicks(N_BATCHES if shape.batch_size <= 4096 else 1).to(device)
     batches = [clicks.rows(ids) for ids in torch.arange(clicks.n_users).split(shape.batch_size)]
     providers = {name: PROVIDERS[name](new_model(shape.n_items, device)) for name in (EAGER, CAPTURED)}  # fmt: skip
@@ -150,14 +150,16 @@ def launches(events: Iterable[Any], device: str) -> list[Launch]:
         kernels = [(k.name, k.duration) for k in event.kernels if k.name != event.name]
         if device == "cpu":
             kernels = [(event.name, event.self_cpu_time_total)]
-        sized = [(tuple(shape), _itemsize(event, n)) for n, shape in enumerate(event.input_shapes or []) if shape]  # fmt: skip
-        shapes, itemsizes = (tuple(s[n] for s in sized) for n in (0, 1))
+        tensors = [(n, tuple(shape)) for n, shape in enumerate(event.input_shapes or []) if shape]
+        shapes = tuple(shape for _, shape in tensors)
+        itemsizes = tuple(_itemsize(event, n) for n, _ in tensors)
         longest = max((us for _, us in kernels), default=0.0)
         for name, us in kernels:
             linked[name] += 1
             found.append(Launch(name, us, event.name, shapes, itemsizes, us == longest))
-    on_device = [event for event in events if event.device_type != DeviceType.CPU and event.name not in names]  # fmt: skip
-    for event in on_device:
+    for event in events:
+        if event.device_type == DeviceType.CPU or event.name in names:
+            continue
         linked[event.name] -= 1
         if linked[event.name] < 0:  # one more than operators have launched
             found.append(Launch(event.name, event.time_range.elapsed_us()))
@@ -223,8 +225,11 @@ def by_kernel(
 
 def show(row: dict[str, Any]) -> None:
     """Print the longest kernels."""
-    print(f"captured {row['captured_ms']} ms, eager {row['eager_ms']} ms, {row['launches']:.0f} launches busy for {row['busy_us']} us, "
-          f"floor {row['floor_us']} us at {row['copy_tb_per_s']} TB/s and {row['product_tflop_per_s']} TFLOP/s")  # fmt: skip
+    print(f"captured {row['captured_ms']} ms, eager {row['eager_ms']} ms")
+    print(
+        f"{row['launches']:.0f} launches busy for {row['busy_us']} us, floor {row['floor_us']} us"
+    )
+    print(f"floor at {row['copy_tb_per_s']} TB/s and {row['product_tflop_per_s']} TFLOP/s")
     print(f"{'us':>9}{'floor':>9}{'MB':>9}{'GFLOP':>9}{'calls':>7}  kernel, operator")
     for kernel in row["kernels"][:N_SHOWN]:
         cells = [kernel["us"], kernel["floor_us"], kernel["mb"], kernel["gflop"]]

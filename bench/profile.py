@@ -2,10 +2,10 @@
 
     python -m bench profile [--shape ml20m ...] [--steps 10] [--by operator|kernel] [--into FILE]
 
-On a GPU by kernel: microseconds beside bytes, FLOP and the floor of both (bench/kernels.py). On a CPU by operator and shape,
-fastvae's fp32 and bf16 step: times are those of the calling thread, children not counted, with the profiler on, a few per
-cent more than the steps of bench ratio; the products of the last layer are the floor: no faster call of torch's for them is
-known. Writes bench/results/profile_<machine>_<shape>.json, or FILE.
+On a GPU by kernel: microseconds beside bytes, FLOP and the floor of both (bench/kernels.py). On a CPU by operator and
+shape, fastvae's fp32 and bf16 step: times are those of the calling thread, children not counted, with the profiler
+on, a few per cent more than the steps of bench ratio; the products of the last layer are the floor: no faster call of
+torch's for them is known. Writes bench/results/profile_<machine>_<shape>.json, or FILE.
 """
 
 from __future__ import annotations

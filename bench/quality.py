@@ -2,11 +2,11 @@
 
     python -m bench quality ml100k | ml10m | gowalla | scale | seconds [--into FILE]     all but scale need FASTVAE_DATA
 
-seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before. Each
-writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as <name>.npz, each the CSR
-arrays indptr, indices, shape: ml100k_ge4 (MovieLens-100K, ratings of 4 and 5, users with 5 items), ml10m_fastvae
-(MovieLens-10M likewise, 60,655 x 8,641 with 2,105,971 clicks), gowalla (29,858 x 40,988 check-ins). None of them may be
-redistributed, so none is part of the project.
+seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before.
+Each writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as
+<name>.npz, each the CSR arrays indptr, indices, shape: ml100k_ge4 (MovieLens-100K, ratings of 4 and 5, users with 5
+items), ml10m_fastvae (MovieLens-10M likewise, 60,655 x 8,641 with 2,105,971 clicks), gowalla (29,858 x 40,988 check-
+ins). None of them may be redistributed, so none is part of the project.
 """
 
 from __future__ import annotations

@@ -96,11 +96,10 @@ def gpu_table() -> str:
         for other, ours in zip(*timed.values(), strict=True)
     ]
     lines.append("| times faster | " + " | ".join(ratios) + " |")
-    eager = (
-        f" Without graphs, batch 500: fastvae {first['fastvae-bf16']['ms']:.1f} ms, dense {first['dense-bf16']['ms']:.1f}."
-        if {"fastvae-bf16", "dense-bf16"} <= first.keys()
-        else ""
-    )
+    eager = ""
+    if {"fastvae-bf16", "dense-bf16"} <= first.keys():
+        ours, dense = (f"{first[name]['ms']:.1f}" for name in ("fastvae-bf16", "dense-bf16"))
+        eager = f" Without graphs, batch 500: fastvae {ours} ms, dense {dense}."
     where = f"{machine['gpu']}, {machine['date']}, commit {machine['commit'][:7]}, torch {machine['torch']}"
     note = f" {result['note']}" if "note" in result else ""
     return "\n".join([*lines, "", f"{where}, triton {machine['triton']}.{eager}{note}"])

@@ -1,7 +1,7 @@
 """One training step, by several ways of computing it: the providers that bench ratio and pytest bench time.
 
-A provider is prepared once with a model's weights and one batch's clicks, and then run step by step; each is first checked
-against the dense reference, without dropout and noise, and refused if it is wrong.
+A provider is prepared once with a model's weights and one batch's clicks, and then run step by step; each is first
+checked against the dense reference, without dropout and noise, and refused if it is wrong.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHAPES = {
 
 
 class Graphed(Provider):
-    """The step as one CUDA graph, captured at the first call, as in fit(cuda_graph=True); on a CPU its steps stay eager."""
+    """The step as one CUDA graph, captured at the first call, as in fit; on a CPU its steps stay eager."""
 
     graph: GraphedStep | None = None
 
@@ -145,7 +145,7 @@ def check(name: str, provider: Provider, clicks: Clicks) -> float:
 
 
 def check_gradient(name: str, provider: Provider, clicks: Clicks) -> float:
-    """Relative error of the loss's gradient for the last weight against the dense reference; NotTimed if it is wrong."""
+    """Relative error of the gradient for the last weight against the dense reference; NotTimed if it is wrong."""
     expected = _true_gradient(clicks)
     provider.module.eval()
     provider.forward(provider.to_batch(clicks)).backward()

@@ -2,8 +2,8 @@
 
     make bench        or  python -m pytest bench -k ml20m
 
-A case is compared with the dense reference before it is timed, and fails instead if it is wrong. On a CPU the batch is 500;
-a GPU adds the large batches that fit it.
+A case is compared with the dense reference before it is timed, and fails instead if it is wrong. On a CPU the batch
+is 500; a GPU adds the large batches that fit it.
 """
 
 import pytest

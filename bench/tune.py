@@ -2,9 +2,9 @@
 
     python -m bench tune [--users 500 4096] [--items 20108] [--clicks 73] [--limit N] [--into FILE]
 
-All candidates are compiled first, side by side in as many processes as there are cores. Each is then compared with the
-table's own entry before it is timed; one that is wrong or does not fit the chip is left out and counted. The best of each
-kind is printed as source, beside the present entry and the gain; the table itself is not written.
+All candidates are compiled first, side by side in as many processes as there are cores. Each is then compared with
+the table's own entry before it is timed; one that is wrong or does not fit the chip is left out and counted. The best
+of each kind is printed as source, beside the present entry and the gain; the table itself is not written.
 """
 
 from __future__ import annotations

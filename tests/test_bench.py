@@ -213,7 +213,9 @@ def test_the_gpu_run_is_rehearsed_without_the_packages_that_a_gpu_machine_lacks(
 
 
 def test_a_command_out_of_time_ends_with_its_children_and_keeps_what_it_printed(tmp_path):
-    code = "import subprocess; print(subprocess.Popen(['sleep', '1000']).pid, flush=True); import time; time.sleep(1000)"
+    code = (
+        "import subprocess as s; p = s.Popen(['sleep', '1000']); print(p.pid, flush=True); p.wait()"
+    )
     command = gpu.Command("a", 0, ["timeit", "-n", "1", "-r", "1", code])
     status, tail = gpu.run(command, 5, tmp_path / "log")
     assert status is None
