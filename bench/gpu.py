@@ -65,12 +65,12 @@ def commands(file: str) -> list[Command]:
     tune = ["bench", "tune", "--into", f"{file}_tiles.json", "--users", "500", "24576"]
     return [
         Command("a", 100, [*pytest(file), *processes, *test_files()], ONE_CORE),
-        Command("b", 45, ["bench", "profile", "--into", f"{file}_profile.json", "--shape", "ml20m", "ml20m-24576"]),
+        Command("b", 60, ["bench", "profile", "--into", f"{file}_profile.json", "--shape", "ml20m", "ml20m-24576"]),
         *(
-            Command("c", 60, [*ratio, shape, "--provider", *(LARGEST if shape == "1m-1024" else PROVIDERS)])
+            Command("c", 90, [*ratio, shape, "--provider", *(LARGEST if shape == "1m-1024" else PROVIDERS)])
             for shape in SHAPES
         ),
-        Command("d", 45, ["bench", "quality", "seconds", "--into", f"{file}_quality.json"]),
+        Command("d", 60, ["bench", "quality", "seconds", "--into", f"{file}_quality.json"]),
         Command("e", 90, [*tune, "--limit", "12", "--rounds", "7"]),
     ]  # fmt: skip
 

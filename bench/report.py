@@ -68,9 +68,10 @@ def step_table(names: Iterable[str] = tuple(STEP_ROWS)) -> str:
 
 
 def newest_gpu() -> dict:
-    """The latest step times of a GPU."""
+    """The latest step times of a GPU that have the first shape: a run may have been cut short."""
     results = [json.loads(path.read_text()) for path in RESULTS.glob("*_ratio.json")]
-    return max(results, key=lambda result: result["machine"]["date"])
+    whole = [result for result in results if GPU_SHAPES[0] in result["rows"]]
+    return max(whole, key=lambda result: result["machine"]["date"])
 
 
 def gpu_table() -> str:
