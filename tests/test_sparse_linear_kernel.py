@@ -699,11 +699,64 @@ def test_a_split_row_gives_the_same_bits_again():
     assert torch.equal(first, second)
 
 
-def test_row_ids_that_do_not_lie_side_by_side_are_refused():
+@pytest.mark.parametrize("n_splits", [1, 2, 4, 8])
+def test_a_batch_without_clicks_however_split(n_splits):
+    clicks, (weight, bias) = random_clicks([0, 0, 0], 7), random_layer(7, 8)
+    tile = TILE._replace(n_splits=n_splits)
+    y, scale = forward(clicks, weight, bias, tile=tile, tanh=False)
+    assert torch.equal(y, bias.expand(3, 8))
+    assert torch.equal(scale, torch.zeros_like(scale))
+
+
+@triton.jit
+def _programs_kernel(length_ptr, n_programs_ptr, n_splits, SPLIT_NNZ: tl.constexpr):
+    length = tl.load(length_ptr + tl.program_id(0))
+    n_programs = kept_clicks.programs_of(7, 7 + length, n_splits, SPLIT_NNZ)
+    tl.store(n_programs_ptr + tl.program_id(0), n_programs)
+
+
+@pytest.mark.parametrize("n_splits", [1, 2, 4, 8])
+def test_a_long_row_has_all_programs_and_a_short_one_a_single(n_splits):
+    # a cut elsewhere gives the same sums, and only takes longer
+    cut, last = 32, 32 * n_splits
+    lengths = [0, 1, cut - 1, cut, cut + 1, last - 1, last, last + 1, 9 * last]
+    n_programs = torch.zeros(len(lengths), dtype=torch.int64, device=DEVICE)
+    given = torch.tensor(lengths, device=DEVICE)
+    _programs_kernel[(len(lengths),)](given, n_programs, n_splits, SPLIT_NNZ=cut)
+    assert n_programs.tolist() == [1, 1, 1, 1, min(2, n_splits), *[n_splits] * 4]
+
+
+@pytest.mark.parametrize("chip", tiles.TABLE)
+def test_splits_of_the_table(chip):
+    row, many = tiles.TABLE[chip], tiles.MANY_USERS
+    for tile in (*row.sparse_forward[2], *row.sparse_forward[4], *row.sparse_backward):
+        assert tile.block_nnz <= 64 and tile.split_nnz % tile.block_nnz == 0
+        assert tile.n_splits & (tile.n_splits - 1) == 0
+    for n_users, which in ((many - 1, 0), (many, 1)):
+        assert row.sparse_forward_tile(torch.float32, n_users) is row.sparse_forward[4][which]
+        assert row.sparse_backward_tile(n_users) is row.sparse_backward[which]
+
+
+STRIDED_ROWS = {
+    "strided": lambda t: t[::2],
+    "column": lambda t: t.view(3, 2)[:, 0],
+    "expanded": lambda t: t[1:2].expand(3),
+}
+
+
+@pytest.mark.parametrize("change", STRIDED_ROWS.values(), ids=STRIDED_ROWS)
+def test_row_ids_that_do_not_lie_side_by_side_are_refused(change):
     indptr, indices, values, _ = csr(random_clicks([2] * 6, 9, counts=True))
-    weight, bias = random_layer(9, 8)
-    column = torch.arange(6, device=DEVICE).view(3, 2)[:, 0]
-    for rows in (torch.arange(6, device=DEVICE)[::2], column, column[:1].expand(3)):
-        strided = (indptr, indices, values, rows)
-        with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride \d$"):
-            sparse_linear_fwd(strided, weight, bias, seed_tensor(SEED), **OPTIONS, tile=TILE)
+    strided = (indptr, indices, values, change(torch.arange(6, device=DEVICE)))
+    (weight, bias), dpre = random_layer(9, 8), torch.ones(3, 8, device=DEVICE)
+    seed, scale, some = seed_tensor(SEED), dpre[:, 0], {"dropout": 0.5, "tanh_input": False}
+    refused = pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride \d$")
+    with refused:
+        sparse_linear_fwd(strided, weight, bias, seed, **OPTIONS)
+    for deterministic in (False, True):
+        with refused:
+            sparse_linear_bwd_weight(
+                dpre, strided, seed, scale, 9, deterministic=deterministic, **some
+            )
+    with refused:
+        sparse_linear_bwd_values(dpre, weight, strided, seed, scale, normalize=True, **some)
