@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import rivals
-from bench.provider import BETA, WARM_UP, NotTimed, Provider
+from bench.provider import BETA, NotTimed, Provider
 from fastvae import Adam, Clicks, MultiVAE, reference
 from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GEMM
 from fastvae.step import GraphedStep
@@ -51,20 +51,15 @@ SHAPES = {
 
 
 class Graphed(Provider):
-    """The step as one CUDA graph, captured at the first call, as in fit; on a CPU its steps stay eager."""
+    """The step as fit() takes it: on a GPU a CUDA graph after its first steps, on a CPU eager."""
 
-    graph: GraphedStep | None = None
+    def __init__(self, module, loss, optimizer, to_batch, bf16: bool):
+        super().__init__(module, loss, optimizer, to_batch, bf16)
+        self.graphed = GraphedStep(module, optimizer, precision="bf16" if bf16 else "fp32")
 
     def step(self, batch: Clicks) -> None:
         """Forward, backward, optimiser, replayed."""
-        if batch.device.type == "cpu":
-            return super().step(batch)
-        if self.graph is None:
-            for _ in range(WARM_UP):
-                super().step(batch)
-            eager = super().step
-            self.graph = GraphedStep(lambda clicks, _: eager(clicks), batch, self.optimizer)
-        self.graph.replay(batch, BETA)
+        self.graphed(batch, BETA)
 
 
 def _fastvae(model: MultiVAE, bf16: bool) -> Provider:

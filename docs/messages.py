@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "messages.md"
 KINDS = (
     "ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "KeyboardInterrupt",
+    "NotFiniteLoss",
 )  # fmt: skip
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {
@@ -30,6 +31,7 @@ CAUSES = {
     "models.py": "Models",
     "_model_checks.py": "Arguments of models",
     "train.py": "Training",
+    "step.py": "The training step",
     "adam.py": "The optimiser",
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",

@@ -10,12 +10,14 @@ from .evaluate import evaluate, ndcg_at_k, recall_at_k
 from .models import MultiDAE, MultiVAE, vae_loss_fn
 from .ops import has_triton, linear_multinomial_nll, multinomial_nll, sparse_linear
 from .recommend import recommend
+from .step import GraphedStep
 from .train import fit
 
 __all__ = [
     "Adam",
     "Clicks",
     "Dataset",
+    "GraphedStep",
     "MultiDAE",
     "MultiVAE",
     "evaluate",

@@ -103,6 +103,22 @@ def check_clicks(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be Clicks, got {got}; pass Clicks.from_matrix(x)")
 
 
+def check_pair(where: str, name: str, pair: Any, n_items: int) -> tuple[Clicks, Clicks]:
+    """(fold_in, held_out) where it is two Clicks of the same users and of the model's items."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        got = type(pair).__name__
+        got += f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
+        raise TypeError(f"{where}: {name} must be two Clicks (fold_in, held_out), got {got}")
+    fold_in, held_out = pair
+    check_catalogue(where, "fold_in", fold_in, n_items)
+    check_catalogue(where, "held_out", held_out, n_items)
+    if fold_in.n_users != held_out.n_users:
+        raise ValueError(
+            f"{where}: held_out must have the {fold_in.n_users} users of fold_in, got {held_out.n_users}"
+        )
+    return fold_in, held_out
+
+
 def check_catalogue(where: str, name: str, clicks: Any, n_items: int) -> None:
     """TypeError unless clicks is Clicks, ValueError unless it has the model's items."""
     check_clicks(where, name, clicks)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_per_click
+from ._draws import Drawing
 from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
@@ -64,7 +65,7 @@ class _Stack(nn.Module):
         return f"dropout={self.dropout}"
 
 
-class Encoder(nn.Module):
+class Encoder(Drawing):
     """Clicks or a dense x to the last encoder layer's output."""
 
     def __init__(self, q_dims, dropout, tanh_last: bool, tanh_after_dropout: bool):
@@ -87,8 +88,7 @@ class Encoder(nn.Module):
             x = x.to_dense().to(_dtype(self))
         if isinstance(x, Clicks):
             active = self.training and dropout > 0
-            # drawn on the device: a replayed CUDA graph draws a new one, and nothing waits
-            seed = torch.randint(2**63 - 1, (1,), device=x.device) if active else None
+            seed = self.draw_seed(x.device) if active else None
             return sparse_linear(
                 x,
                 layer.weight,
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         return torch.tanh(h) if tanh else h
 
 
-class Decoder(nn.Module):
+class Decoder(Drawing):
     """z to logits, or to the last hidden layer, which the loss takes."""
 
     def __init__(self, p_dims, dropout, tanh_after_dropout: bool):
@@ -136,12 +136,12 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
-    if dropout > 0:  # with nothing to drop the call alone takes its time
-        h = F.dropout(h, dropout, module.training)
+    if dropout > 0 and module.training:  # with nothing to drop the call alone takes its time
+        h = module.drop(h, dropout)
     return torch.tanh(h) if module.tanh_after_dropout else h
 
 
-class _MultiModel(nn.Module):
+class _MultiModel(Drawing):
     """What the two models share; latent and forward differ."""
 
     # whether the encoder gives mu and logvar
@@ -252,13 +252,13 @@ class MultiVAE(_MultiModel):
     def _sample(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor, Tensor]:
         encoded = self.encode(x)
         mu, logvar = encoded.chunk(2, dim=1)
-        z = sample_latent(encoded, torch.randn_like(mu))[0] if self.training else mu
+        z = sample_latent(encoded, self.draw_noise(mu))[0] if self.training else mu
         return z, mu, logvar
 
     def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
         """z [n_users, n_latent] and kld [n_users] in fp32, or in fp64 where the model is."""
         encoded = self.encode(x)
-        noise = torch.randn_like(encoded[:, : self.p_dims[0]]) if self.training else None
+        noise = self.draw_noise(encoded[:, : self.p_dims[0]]) if self.training else None
         return sample_latent(encoded, noise)
 
     def forward(

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ._files import locked, naming, remove_leftovers, write_text
 from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
@@ -178,6 +180,25 @@ class RunFolder:
             right.plot(epoch, [row[METRIC] for row in history], color="tab:orange", marker=".")
             right.set_ylabel("validation NDCG@100", color="tab:orange")
         figure.savefig(self.path / CURVE, dpi=120)
+
+
+def check_reloadable(model: MultiVAE | MultiDAE) -> None:
+    """TypeError or ValueError unless load_model could make the model again from its weights and arguments."""
+    if type(model) not in (MultiVAE, MultiDAE):
+        raise TypeError(
+            f"fit: model must be a MultiVAE or MultiDAE itself where run_dir is given, got {type(model).__name__}; "
+            "load_model could not make it again"
+        )
+    with torch.device("meta"):
+        plain = type(model)(**model.config()).state_dict()
+    shapes = {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
+    for key in dict.fromkeys([*shapes, *plain]):
+        if key not in plain or shapes.get(key) != plain[key].shape:
+            what = "lacks" if key not in shapes else "has" if key not in plain else "reshapes"
+            raise ValueError(
+                f"fit: model must have the weights of a plain {type(model).__name__} where run_dir is given, got one "
+                f"that {what} {key}; load_model could not make it again"
+            )
 
 
 def advice(run: RunFolder | None) -> str:

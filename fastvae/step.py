@@ -1,18 +1,42 @@
-"""The training step's parts: the gradient of the mean, one CUDA graph of the whole step, and the precision of products."""
+"""The training step: loss, gradients and optimiser on one batch, on a GPU replayed as one CUDA graph.
+
+    loss = mean over users of nll + beta * kld
+
+A captured step costs the host one launch. What a graph freezes (memory, sizes, settings of the optimiser, modes of the
+model) is compared before each replay, so a step that changed runs eagerly until it is captured anew. fit() trains by it,
+and so can a loop of one's own: docs/training.md.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._checks import check_catalogue, check_choice, check_flag, check_number
+from ._draws import own_generator
 from ._shadows import captured
 from .adam import Adam
-from .clicks import Clicks
+from .clicks import Clicks, dtype_name
+from .models import MultiDAE, MultiVAE
 
-GRAPH_WARM_UP = 3  # eager steps before a CUDA graph is captured
+PRECISIONS = ("fp32", "tf32", "bf16")
+WARM_UP = 3  # equal steps that run eagerly before the next is captured: a capture cannot compile
+
+
+class NotFiniteLoss(RuntimeError):
+    """The loss of a batch is nan or inf; value says which. The weights are as they were before the step."""
+
+    def __init__(self, message: str, value: float):
+        super().__init__(message)
+        self.value = value
 
 
 def backward_of_mean(
@@ -37,52 +61,318 @@ def backward_of_mean(
 
 
 class GraphedStep:
-    """step(clicks, beta) as one CUDA graph; only the row ids and beta change between replays.
+    """One training step on a batch of clicks, for loops of one's own; on a GPU it becomes a CUDA graph by itself.
 
-    clicks     a full batch, on which the step has run before: a capture cannot compile
-    optimizer  the one that step calls
+    >>> model, train = MultiVAE([2, 4, 3]), Clicks.from_pairs([0, 0, 1, 1], [0, 1, 1, 2])
+    >>> step = GraphedStep(model, Adam(model.parameters(), lr=1e-3), max_norm=1.0)
+    >>> for ids in torch.randperm(2).split(1):
+    ...     nll, kld = step(train.rows(ids), beta=0.2)
+
+    model       a MultiVAE or MultiDAE, on its device
+    optimizer   of the model's weights: fastvae.Adam, or one of torch's, made with fused=True or capturable=True
+    per_click   divide a user's loss by the user's clicks, see model.loss
+    precision   "fp32"; "bf16": products in bf16, weights and sums in fp32; "tf32": on a GPU
+    max_norm    clip the gradients to this norm of all of them together; None: leave them
+    cuda_graph  None: on a GPU replay one captured graph; False: eager steps; True: as None, but refuse a CPU
+
+    sums        [2] float64 on the device: nll and kld summed over the users of all steps; zero_() it at any time
+
+    The first three steps of a size run eagerly, as does every step of another size (an epoch's last batch). Batches must be
+    rows of one matrix. Whatever is frozen in a graph and changes (the learning rate as a float, model.eval(), a weight
+    that is no longer trained, another matrix) leads to three eager steps and a new graph; a learning rate that changes
+    with every step must be a tensor, which schedulers of torch fill in place: Adam(lr=torch.tensor(1e-3), ...).
+    Where a capture fails, eager steps go on, with a warning.
+
+    Raises: TypeError and ValueError for arguments that do not fit.
     """
 
-    def __init__(self, step: Callable[[Clicks, Tensor], None], clicks: Clicks, optimizer: Adam):
+    def __init__(
+        self,
+        model: MultiVAE | MultiDAE,
+        optimizer: torch.optim.Optimizer,
+        *,
+        per_click: bool = False,
+        precision: str = "fp32",
+        max_norm: float | None = None,
+        cuda_graph: bool | None = None,
+    ):
+        where = "GraphedStep"
+        check_trainable(where, model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            got = type(optimizer).__name__
+            raise TypeError(f"{where}: optimizer must be a torch optimizer, got {got}")
+        device = next(model.parameters()).device
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self._weights, self._parts = list(model.parameters()), list(model.modules())
+        self.per_click = check_flag(where, "per_click", per_click)
+        self.precision = check_choice(where, "precision", precision, precisions(device))
+        if max_norm is not None:
+            max_norm = check_number(where, "max_norm", max_norm, 0, above=True)
+        self.max_norm = max_norm
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # in memory of its own, which a replay reads
+        self.beta = torch.zeros((), dtype=torch.float32, device=device)
+        self.wants_graph = wants_graph(where, cuda_graph, device)
+        if self.wants_graph:
+            _check_capturable(where, optimizer)
+        self._graph: _Graph | None = None
+        self._seen: Counter[int] = Counter()  # eager steps of each size since something changed
+        self._frozen: Hashable = None
+        self._matrix: Any = None  # keeps the arrays alive whose addresses are in _frozen
+
+    def __call__(self, clicks: Clicks, beta: float | Tensor = 0.0) -> Tensor:
+        """Train on one batch: gradients, update, and the gradients dropped.
+
+        clicks   [n_users, n_items] on the model's device, rows of one matrix: train.rows(ids)
+        beta     weight of the kld, a float or a scalar tensor
+        returns  [2] float64: nll and kld summed over these users; the next call may overwrite the memory.
+                 The loss is (nll + beta * kld) / len(clicks)
+
+        Raises: RuntimeError where the loss is not finite, before the weights are touched; on a GPU, where asking
+        would wait, the sums are for the caller to look at.
+        """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "GraphedStep: gradients must be enabled, got a call under torch.no_grad or inference_mode"
+            )
+        check_catalogue("GraphedStep", "clicks", clicks, self.model.n_items)
+        self.beta.copy_(beta) if isinstance(beta, Tensor) else self.beta.fill_(beta)
+        if not self.wants_graph:
+            return self._eager(clicks)
+        now = self._what_is_frozen(clicks)
+        if now != self._frozen:
+            self._graph = None
+            self._seen.clear()
+        if self._graph is None and self._seen[len(clicks)] >= WARM_UP:
+            self._capture(clicks)
+        if self._graph is not None and len(clicks) == len(self._graph.clicks):
+            if isinstance(self.optimizer, Adam):
+                self.optimizer.refresh_shadows()  # the graph reads them
+            return self._graph.replay(clicks)
+        self._seen[len(clicks)] += 1
+        terms = self._eager(clicks)
+        # after the step: the first one makes the optimiser's state
+        self._frozen = self._what_is_frozen(clicks)
+        return terms
+
+    def _compute(self, clicks: Clicks) -> Tensor:
+        """The step itself; what a graph captures."""
+        # those of before would count for a weight that the loss does not reach
+        self._drop_gradients()
+        weights = [p for p in self._weights if p.requires_grad]
+        bf16 = self.precision == "bf16"
+        with matmul_precision(self.precision):
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
+            ):
+                nll, kld = self.model.loss_terms(clicks, self.per_click)
+            terms = torch.stack((nll.detach(), kld.detach())).sum(1, dtype=torch.float64)
+            if not nll.is_cuda:
+                self._check(terms, len(clicks))
+            backward_of_mean(nll, kld, self.beta, weights)
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self.max_norm)
+            self.optimizer.step()
+        # not kept through the next forward: they are as large as the weights
+        self._drop_gradients()
+        self.sums += terms
+        return terms
+
+    def _check(self, terms: Tensor, n_users: int) -> None:
+        loss = (terms[0] + self.beta * terms[1]).item() / n_users
+        if not math.isfinite(loss):
+            raise NotFiniteLoss(
+                f"GraphedStep: loss must be finite, got {loss}; lower the learning rate", loss
+            )
+
+    def _drop_gradients(self) -> None:
+        for p in self._weights:
+            p.grad = None
+
+    def _eager(self, clicks: Clicks) -> Tensor:
+        if self._graph is None:
+            return self._compute(clicks)
+        generator = self.model.generator or own_generator(self.device)
+        before = generator.get_state()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._compute(clicks)
+        # a graph keeps the memory of a whole step; without it there was enough
+        self._give_up("its memory is needed")
+        generator.set_state(before)
+        return self._compute(clicks)
+
+    def _capture(self, clicks: Clicks) -> None:
+        try:
+            with _capturable(self.optimizer), captured():
+                self._graph = _Graph(self._compute, clicks)
+        except RuntimeError as error:
+            self._give_up(str(error).splitlines()[0])
+
+    def _give_up(self, reason: str) -> None:
+        self._graph, self.wants_graph = None, False
+        warnings.warn(
+            f"fastvae: the training step could not be captured as a CUDA graph, eager steps go on ({reason})",
+            stacklevel=4,
+        )
+
+    def _what_is_frozen(self, clicks: Clicks) -> Hashable:
+        """Everything that a graph holds as an address or a number, beside the size of the batch."""
+        arrays = (clicks.indptr, clicks.indices, clicks.values)
+        self._matrix = arrays
+        state = self.optimizer.state.values()
+        stacks = (self.model.encode.q_layers, self.model.decode.p_layers)
+        return (
+            tuple(_address(array) for array in arrays),
+            tuple((p.data_ptr(), p.requires_grad) for p in self._weights),
+            tuple(_address(value) for parts in state for value in parts.values()),
+            tuple(
+                (name, _address(value))
+                for group in self.optimizer.param_groups
+                for name, value in group.items()
+                if name != "params"
+            ),
+            tuple(module.training for module in self._parts),
+            tuple(tuple(stack.dropout) for stack in stacks),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+class _Graph:
+    """step(clicks) as a CUDA graph; only the row ids change between replays."""
+
+    def __init__(self, step: Callable[[Clicks], Tensor], clicks: Clicks):
         device = clicks.device
         # row ids in memory of its own
         self.clicks = clicks.rows(torch.arange(len(clicks), device=device))
-        self.beta = torch.zeros((), device=device)
-        self.optimizer = optimizer
-        self.graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(device)
-        try:
-            # a stream of this device: torch's own choice stays on the GPU of the process's first capture
-            with captured(), torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device)):
-                step(self.clicks, self.beta)
-        finally:
-            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+        self._run = capture(lambda: self._keep(step(self.clicks)), device)
 
-    def replay(self, clicks: Clicks, beta: float) -> None:
+    def _keep(self, terms: Tensor) -> None:
+        self.terms = terms
+
+    def replay(self, clicks: Clicks) -> Tensor:
         """Run the step on another batch of the same matrix and size."""
-        self.clicks.row_ids.copy_(clicks.row_ids)  # type: ignore[union-attr, arg-type]
-        self.beta.fill_(beta)
-        self.optimizer.refresh_shadows()  # the graph reads them
-        self.graph.replay()
+        ids = clicks.row_ids
+        if ids is None:
+            ids = torch.arange(len(clicks), device=clicks.device)
+        self.clicks.row_ids.copy_(ids)  # type: ignore[union-attr]
+        self._run()
+        return self.terms
+
+
+def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The launches of run() as one CUDA graph, and what replays them; run itself has no effect yet."""
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.current_stream(device)
+    try:
+        # a stream of this device: torch's own choice stays on the GPU of the process's first capture
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+            run()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+    return graph.replay
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether there are CUDA graphs."""
+    return device.type == "cuda"
+
+
+def wants_graph(where: str, cuda_graph: bool | None, device: torch.device) -> bool:
+    """Whether to replay graphs on a device. Raises: ValueError where they are demanded and there are none."""
+    wanted = cuda_graph is None or check_flag(where, "cuda_graph", cuda_graph)
+    if cuda_graph and not can_capture(device):
+        raise ValueError(
+            f"{where}: cuda_graph must be None or False where the model is not on a GPU, got True"
+        )
+    return wanted and can_capture(device)
+
+
+def _address(value: Any) -> Hashable:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _check_capturable(where: str, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if "capturable" in group and not (group["capturable"] or group.get("fused")):
+            raise ValueError(
+                f"{where}: optimizer must be made with fused=True or capturable=True for a CUDA graph, got neither; "
+                "or pass cuda_graph=False"
+            )
+
+
+@contextlib.contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """For a capture only: eager steps with capturable=True would warn, and a checkpoint would keep it."""
+    groups = [g for g in optimizer.param_groups if g.get("fused") and not g.get("capturable", True)]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """What a device computes in."""
+    return PRECISIONS if device.type != "cpu" else tuple(p for p in PRECISIONS if p != "tf32")
+
+
+def check_trainable(where: str, model: Any) -> None:
+    """TypeError or ValueError unless model is one of ours, whole on one device, with fp32 weights to train."""
+    if not isinstance(model, MultiVAE | MultiDAE):
+        raise TypeError(
+            f"{where}: model must be a MultiVAE or MultiDAE, got {type(model).__name__}; "
+            "pass the model itself where that wraps one"
+        )
+    weights = list(model.parameters())
+    for p in weights:
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"{where}: model must be float32, got {dtype_name(p.dtype)}; "
+                "precision='bf16' computes in bf16 all the same"
+            )
+        if p.device != weights[0].device:
+            raise ValueError(
+                f"{where}: model must be on one device, got {weights[0].device} and {p.device}"
+            )
+        if p.is_inference():
+            raise ValueError(
+                f"{where}: model must be made outside of torch.inference_mode, got weights that cannot be trained"
+            )
+    if not any(p.requires_grad for p in weights):
+        raise ValueError(f"{where}: model must have a weight that requires grad, got none")
+
+
+class _Process:
+    """float32_matmul_precision belongs to the process: the first block in keeps what was, the last one out restores it."""
+
+    lock = threading.Lock()
+    holders = 0
+    before = ""
 
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """fp32 products on a GPU by TF32 where precision is "tf32", and in full otherwise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    """fp32 products on a GPU by TF32 where precision is "tf32", and in full otherwise.
+
+    Raises: ValueError where another thread is in such a block with the other kind.
+    """
+    wanted = "high" if precision == "tf32" else "highest"
+    with _Process.lock:
+        now = torch.get_float32_matmul_precision()
+        if _Process.holders and now != wanted:
+            raise ValueError(
+                f"fit: precision must be the same kind of fp32 product in all threads, got {wanted} beside {now}"
+            )
+        if not _Process.holders:
+            _Process.before = now
+            torch.set_float32_matmul_precision(wanted)
+        _Process.holders += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def get_rng(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_rng(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state.cpu(), device)
-    else:
-        torch.set_rng_state(state.cpu())
+        with _Process.lock:
+            _Process.holders -= 1
+            if not _Process.holders:
+                torch.set_float32_matmul_precision(_Process.before)

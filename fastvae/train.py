@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,24 +32,18 @@ from ._checks import (
     check_ids,
     check_integer,
     check_number,
+    check_pair,
     check_per_click,
 )
+from ._draws import seeded
 from .adam import Adam, from_file, to_file
-from .clicks import Clicks, dtype_name
+from .clicks import Clicks
 from .evaluate import evaluate, unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
-from .run_folder import METRIC, RunFolder, advice, interrupt_message
-from .step import (
-    GRAPH_WARM_UP,
-    GraphedStep,
-    backward_of_mean,
-    get_rng,
-    matmul_precision,
-    set_rng,
-)
+from .run_folder import METRIC, RunFolder, advice, check_reloadable, interrupt_message
+from .step import GraphedStep, NotFiniteLoss, check_trainable, precisions, wants_graph
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
 
 
@@ -119,7 +112,7 @@ def fit(
     resume: bool = False,
     items: Sequence[str] | None = None,
     progress: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
     normalize: str | None = None,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
@@ -143,13 +136,16 @@ def fit(
     items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
     progress    show a progress bar (extra cli)
     normalize   older words for per_click, see model.loss
-    cuda_graph  on a GPU: replay one captured graph per full batch; eager steps, with a warning, where capture fails
+    cuda_graph  None: on a GPU replay one captured graph per full batch, after three eager steps; False: eager steps;
+                True: as None, but refuse a CPU. Where a capture fails, eager steps go on, with a warning
 
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    _check_model(model, run_dir)
+    check_trainable("fit", model)
+    if run_dir is not None:
+        check_reloadable(model)
     device = next(model.parameters()).device
     settings = _Settings(
         check_integer("fit", "batch_size", batch_size, 1),
@@ -157,20 +153,19 @@ def fit(
         check_number("fit", "anneal_cap", anneal_cap, 0),
         check_integer("fit", "total_anneal_steps", total_anneal_steps, high=None),
         check_per_click("fit", per_click, normalize),
-        check_choice("fit", "precision", precision, _precisions(device)),
+        check_choice("fit", "precision", precision, precisions(device)),
         check_integer("fit", "seed", seed, high=2**63),
     )
     check_integer("fit", "epochs", epochs)
-    for name, flag in (("resume", resume), ("progress", progress), ("cuda_graph", cuda_graph)):
+    for name, flag in (("resume", resume), ("progress", progress)):
         check_flag("fit", name, flag)
+    wants_graph("fit", cuda_graph, device)
     _check_data(model, train, validation)
     items = None if items is None else check_ids("fit", "items", items, model.n_items)
     if patience is not None:
         check_integer("fit", "patience", patience, 1)
         if validation is None:
             raise ValueError(f"fit: patience must be None without validation, got {patience}")
-    if cuda_graph and device.type != "cuda":
-        raise ValueError("fit: cuda_graph must be False where the model is not on a GPU, got True")
     train = train.to(device)
     if resume and run_dir is None:
         raise ValueError("fit: run_dir must be given to resume, got None")
@@ -193,19 +188,23 @@ class _Trainer:
     """The state of a run: model, optimiser, position, best epoch."""
 
     def __init__(
-        self, model, train, validation, settings: _Settings, run: RunFolder | None, cuda_graph: bool
+        self, model, train, validation, settings: _Settings, run: RunFolder | None, cuda_graph
     ):
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = Adam(self.weights, settings.lr, shadow=settings.precision == "bf16")
+        self.step = GraphedStep(
+            model,
+            self.optimizer,
+            per_click=settings.per_click,
+            precision=settings.precision,
+            cuda_graph=cuda_graph,
+        )
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
         self.beta = 0.0  # of the latest update
-        # nll and kld, summed over the users of this epoch
-        self.sums = torch.zeros(2, dtype=torch.float64, device=train.device)
-        self.wants_graph = cuda_graph
-        self.graph: GraphedStep | None = None
+        self.sums = self.step.sums  # nll and kld, summed over the users of this epoch
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
 
@@ -230,25 +229,17 @@ class _Trainer:
         begin, started = self.batch, time.perf_counter()
         s = self.settings
         order, draw_seed = epoch_order(self.train.n_users, s.seed, self.epoch)
-        device = self.train.device
-        batches = order.to(device).split(s.batch_size)
+        batches = order.to(self.train.device).split(s.batch_size)
         self.model.train()
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            matmul_precision(s.precision),
-        ):
-            torch.manual_seed(draw_seed)
-            if self.rng is not None:
-                set_rng(device, self.rng)
-            for n, ids in enumerate(batches[begin:]):
-                if self.wants_graph and n == GRAPH_WARM_UP:
-                    self._capture()
+        plain = type(self.model) in (MultiVAE, MultiDAE)
+        with seeded(self.model, draw_seed, self.rng, plain) as where_it_stands:
+            for ids in batches[begin:]:
                 self._step(ids)
                 if bar.due(len(ids)):
                     self._show(bar)
                 if interrupted() and self.batch < len(batches):
                     self._check_finite()
-                    self.rng = get_rng(device)
+                    self.rng = where_it_stands()
                     return False
         n_users = sum(len(ids) for ids in batches[begin:])
         self._end_epoch(n_users / max(time.perf_counter() - started, 1e-9))
@@ -262,48 +253,15 @@ class _Trainer:
     def _step(self, ids: Tensor) -> None:
         s = self.settings
         self.beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
-        clicks = self.train.rows(ids)
-        if self.graph is not None and len(clicks) == s.batch_size:
-            self.graph.replay(clicks, self.beta)
-        else:
-            self.compute(clicks, self.beta)
+        try:
+            self.step(self.train.rows(ids), self.beta)
+        except NotFiniteLoss as error:
+            raise self._not_finite(error.value) from None
         self.update += 1
         self.batch += 1
         # a GPU is asked now and then: each question waits for it
         if self.update % CHECK_EVERY == 0:
             self._check_finite()
-
-    def compute(self, clicks: Clicks, beta: float | Tensor) -> None:
-        """Forward, backward and optimiser on one batch; what a CUDA graph captures."""
-        s = self.settings
-        with torch.autocast(
-            clicks.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False
-        ):
-            nll, kld = self.model.loss_terms(clicks, s.per_click)
-        terms = torch.stack((nll.detach(), kld.detach())).sum(1, dtype=torch.float64)
-        if not nll.is_cuda:
-            loss = (terms[0] + beta * terms[1]).item() / len(clicks)
-            if not math.isfinite(loss):
-                raise self._not_finite(loss)  # before the weights are touched
-        backward_of_mean(nll, kld, beta, self.weights)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.sums += terms
-
-    def _capture(self) -> None:
-        """Capture the step once; the eager steps before it have warmed everything up."""
-        self.wants_graph = False
-        try:
-            ids = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.train.device)
-            self.graph = GraphedStep(self.compute, self.train.rows(ids), self.optimizer)
-        except RuntimeError as error:
-            # the capture ran nothing: gradients that it has left behind hold no numbers
-            self.model.zero_grad()
-            self.optimizer.zero_grad()
-            reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"fit: the step could not be captured as a CUDA graph, eager steps go on ({reason})"
-            )
 
     def _check_finite(self) -> None:
         total = self.sums.sum().item()
@@ -426,51 +384,12 @@ def _held_interrupt() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
-def _precisions(device: torch.device) -> tuple[str, ...]:
-    return PRECISIONS if device.type != "cpu" else tuple(p for p in PRECISIONS if p != "tf32")
-
-
-def _check_model(model, run_dir) -> None:
-    got = type(model).__name__
-    if not isinstance(model, MultiVAE | MultiDAE):
-        raise TypeError(
-            f"fit: model must be a MultiVAE or MultiDAE, got {got}; pass the model itself where that wraps one"
-        )
-    for p in model.parameters():
-        if p.dtype != torch.float32:
-            raise ValueError(
-                f"fit: model must be float32, got {dtype_name(p.dtype)}; precision='bf16' computes in bf16 all the same"
-            )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("fit: model must have a weight that requires grad, got none")
-    if run_dir is not None and type(model) not in (MultiVAE, MultiDAE):
-        raise TypeError(
-            f"fit: model must be a MultiVAE or MultiDAE itself where run_dir is given, got {got}; "
-            "load_model could not make it again"
-        )
-
-
 def _check_data(model, train, validation) -> None:
     check_catalogue("fit", "train", train, model.n_items)
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
     if validation is not None:
-        _check_validation(validation, model.n_items)
-
-
-def _check_validation(validation, n_items: int) -> None:
-    if not isinstance(validation, tuple | list) or len(validation) != 2:
-        got = type(validation).__name__
-        if isinstance(validation, tuple | list):
-            got += f" of {len(validation)}"
-        raise TypeError(f"fit: validation must be two Clicks (fold_in, held_out), got {got}")
-    fold_in, held_out = validation
-    check_catalogue("fit", "fold_in", fold_in, n_items)
-    check_catalogue("fit", "held_out", held_out, n_items)
-    if fold_in.n_users != held_out.n_users:
-        raise ValueError(
-            f"fit: held_out must have the {fold_in.n_users} users of fold_in, got {held_out.n_users}"
-        )
+        check_pair("fit", "validation", validation, model.n_items)
 
 
 def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks]:

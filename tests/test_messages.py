@@ -31,7 +31,7 @@ EXCEPTIONS = {
     # warnings: the call goes on
     "recommend: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not know; "
     "they are ignored",
-    "fit: the step could not be captured as a CUDA graph, eager steps go on ({reason})",
+    "fastvae: the training step could not be captured as a CUDA graph, eager steps go on ({reason})",
 }  # fmt: skip
 
 

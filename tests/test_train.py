@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"lr": float("nan")}, ValueError, "fit: lr must be a finite number above 0, got nan"),
         ({"anneal_cap": float("inf")}, ValueError, "fit: anneal_cap must be a finite number of at least 0, got inf"),
         ({"patience": 3}, ValueError, "fit: patience must be None without validation, got 3"),
-        ({"cuda_graph": True}, ValueError, "fit: cuda_graph must be False where the model is not on a GPU, got True"),
+        ({"cuda_graph": True}, ValueError, "fit: cuda_graph must be None or False where the model is not on a GPU, got True"),
         ({"model": torch.nn.Linear(N_ITEMS, 2)}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got Linear; pass the model itself where that wraps one"),
         ({"model": torch.compile(model())}, TypeError, "fit: model must be a MultiVAE or MultiDAE, got OptimizedModule; pass the model itself where that wraps one"),
         ({"validation": torch.ones(2, N_ITEMS)}, TypeError, "fit: validation must be two Clicks (fold_in, held_out), got Tensor"),
