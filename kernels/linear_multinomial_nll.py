@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .csr import Csr, click_values, row_clicks, row_sum
+from .csr import Csr, check_rows, click_values, row_clicks, row_sum
 from .exp_gemm import LOWEST, exp_gemm, store_results
 from .products import cast_weight, mm, pieces, stored_width
 
@@ -177,6 +177,7 @@ def exp_rows(
     tile     launch configuration of our GEMM, from the table by default
     returns  nll [n_users] fp32 (nats), v [n_users] fp32
     """
+    check_rows(csr)
     n_users = len(hidden)
     results = torch.empty(2, n_users, dtype=torch.float32, device=hidden.device)
     nll, v = results

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .csr import Csr, click_values, row_clicks, row_sum
+from .csr import Csr, check_rows, click_values, row_clicks, row_sum
 
 # start of a running maximum: unlike -inf it gives no NaN in differences
 LOWEST = tl.constexpr(-3.4e38)
@@ -169,6 +169,7 @@ def multinomial_nll_fwd(
     tile     launch configuration, from the table by default
     returns  nll [n_users] fp32 (nats), lse [2, n_users] fp32 (nats): peak and log-sum, which add up to the lse
     """
+    check_rows(csr)
     n_users, n_items = logits.shape
     tile = tile or tiles.of(logits.device).forward_row
     nll = torch.empty(n_users, dtype=torch.float32, device=logits.device)
@@ -209,6 +210,7 @@ def multinomial_nll_bwd(
     tile     launch configuration, from the table by default
     returns  dlogits [n_users, n_items], dtype of logits
     """
+    check_rows(csr)
     n_users, n_items = logits.shape
     tile = tile or tiles.of(logits.device).backward_row
     dlogits = (

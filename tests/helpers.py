@@ -11,6 +11,8 @@ from torch import nn
 
 from fastvae.clicks import Clicks
 
+# address ranges that kernels may touch though they lie in no tensor of the launch
+FAR: list[tuple[int, int]] = []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 dots are wrong in the interpreter (bit patterns are multiplied), so bf16 runs on a GPU only
 KERNEL_DTYPES = [torch.float32, torch.float16]

@@ -447,3 +447,12 @@ def test_large_shapes_on_a_gpu(dtype, n_users, fused, monkeypatch):
     lengths = ([100, 0, 5_000, 1] * n_users)[:n_users]
     layer, clicks = random_layer(n_users, 20_108, 600, dtype), random_clicks(lengths, 20_108)
     check(layer, clicks, torch.randn(n_users, device=DEVICE), fused=fused, tile=None)
+
+
+@FUSED
+def test_row_ids_that_do_not_lie_side_by_side_are_refused(fused):
+    indptr, indices, values, _ = csr(random_clicks([2] * 6, 9))
+    strided = (indptr, indices, values, torch.arange(6, device=DEVICE)[::2])
+    layer, d = random_layer(3, 9, 8), torch.empty(3, PAD, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride 2$"):
+        exp_rows(*layer, strided, 9, d, fused=fused)

@@ -252,3 +252,14 @@ def test_backward_offsets_beyond_32_bits(n_items):
 def test_large_shapes_on_a_gpu(dtype, n_items):
     clicks = random_clicks([100, 0, 5_000, 1] * 8, n_items, counts=True)
     check(random_logits(32, n_items, dtype), clicks, torch.randn(32, device=DEVICE), tile=None)
+
+
+def test_row_ids_that_do_not_lie_side_by_side_are_refused():
+    clicks, logits = random_clicks([2] * 6, 9), torch.zeros(3, 9, device=DEVICE)
+    indptr, indices, values, _ = csr(clicks)
+    strided = (indptr, indices, values, torch.arange(6, device=DEVICE)[::2])
+    with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride 2$"):
+        multinomial_nll_fwd(logits, strided, tile=TILE)
+    lse, dnll = torch.zeros(2, 3, device=DEVICE), torch.ones(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride 2$"):
+        multinomial_nll_bwd(logits, lse, dnll, strided, tile=TILE)
