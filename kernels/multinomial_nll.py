@@ -114,13 +114,16 @@ def _multinomial_nll_bwd_kernel(
     stride_logits_u, stride_dnll_u, stride_dlogits_u,  # strides, in elements
     ALIGN: tl.constexpr, SPLIT_I: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_NNZ: tl.constexpr,
 ):  # fmt: skip
-    u = tl.program_id(0).to(tl.int64)
-    left = tl.program_id(1).to(tl.int64) * SPLIT_I
+    # one axis of the grid: the others end at 65,535
+    n_splits = tl.cdiv(n_items, SPLIT_I)
+    n_users = tl.num_programs(0) // n_splits
+    u = (tl.program_id(0) // n_splits).to(tl.int64)
+    left = (tl.program_id(0) % n_splits).to(tl.int64) * SPLIT_I
     n_items = n_items // ALIGN * ALIGN
     row_ptr = logits_ptr + tl.multiple_of(u * stride_logits_u, ALIGN)
     drow_ptr = dlogits_ptr + tl.multiple_of(u * stride_dlogits_u, ALIGN)
     peak = tl.load(lse_ptr + u)
-    log_total = tl.load(lse_ptr + tl.num_programs(0) + u)
+    log_total = tl.load(lse_ptr + n_users + u)
     dnll = tl.load(dnll_ptr + u * stride_dnll_u).to(tl.float32)
 
     # the row's click sum, and its first click at or right of this split
@@ -221,7 +224,7 @@ def multinomial_nll_bwd(
     if dlogits.numel() == 0:
         return dlogits
     with tiles.device_guard(logits):
-        _multinomial_nll_bwd_kernel[(n_users, tiles.cdiv(n_items, tile.split_i))](
+        _multinomial_nll_bwd_kernel[(n_users * tiles.cdiv(n_items, tile.split_i),)](
             logits, lse, dnll, *csr,
             dlogits,
             n_items,

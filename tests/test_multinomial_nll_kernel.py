@@ -8,6 +8,7 @@ import torch
 from helpers import DEVICE, KERNEL_DTYPES, assert_as_accurate_as_torch, random_clicks
 
 from fastvae import Clicks, reference
+from fastvae.kernels import multinomial_nll as kernels
 from fastvae.kernels import tiles
 from fastvae.kernels.multinomial_nll import multinomial_nll_bwd, multinomial_nll_fwd
 
@@ -263,3 +264,21 @@ def test_row_ids_that_do_not_lie_side_by_side_are_refused():
     lse, dnll = torch.zeros(2, 3, device=DEVICE), torch.ones(3, device=DEVICE)
     with pytest.raises(ValueError, match=r"^kernels: rows must be contiguous, got stride 2$"):
         multinomial_nll_bwd(logits, lse, dnll, strided, tile=TILE)
+
+
+def test_no_grid_of_the_backward_has_a_second_axis_of_item_blocks(monkeypatch):
+    # a GPU's second axis ends at 65,535 programs: 2**31 - 1 items in splits of 16,384 are more
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(kernels, "_multinomial_nll_bwd_kernel", Recorder())
+    logits = torch.zeros(1, 1, device=DEVICE).expand(1, 2**31 - 1)
+    lse, dnll = torch.zeros(2, 1, device=DEVICE), torch.ones(1, device=DEVICE)
+    empty = csr(Clicks([0, 0], [], n_items=1))
+    tile = tiles.TABLE["sm_90"].backward_row
+    multinomial_nll_bwd(logits, lse, dnll, empty, inplace=True, tile=tile)
+    assert grids == [(-(-(2**31 - 1) // tile.split_i),)]
