@@ -181,7 +181,7 @@ def test_linear_multinomial_nll_under_autocast():
 
 
 @pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
-def test_training_steps_stay_with_the_cpus(make):
+def test_training_steps_stay_with_the_cpus(make, way_of):
     clicks = random_clicks([4, 0, 20, 1, 9], N_ITEMS, counts=True)
     losses = {}
     for way in ("kernels", "cpu"):
@@ -196,10 +196,7 @@ def test_training_steps_stay_with_the_cpus(make):
             loss.backward()
             optimizer.step()
             losses[way].append(loss.item())
-        if way == "kernels":
-            kernels = pytest.MonkeyPatch()
-            kernels.setattr(torch.Tensor, "is_cuda", property(lambda _: False))
-    kernels.undo()
+        way_of("cpu")
     assert losses["kernels"] == pytest.approx(losses["cpu"], rel=1e-5)
 
 
@@ -229,12 +226,16 @@ WAYS = pytest.mark.parametrize("way", ["kernels", "cpu"])
 
 
 @pytest.fixture
-def way_of(monkeypatch):
-    def choose(way):
-        if way == "cpu":
-            monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: False))
+def way_of():
+    """A function that takes the GPU's way back where it is called with "cpu"."""
+    # not the test's monkeypatch: this has to be undone before the pretended GPU is
+    with pytest.MonkeyPatch.context() as patch:
 
-    return choose
+        def choose(way):
+            if way == "cpu":
+                patch.setattr(torch.Tensor, "is_cuda", property(lambda _: False))
+
+        yield choose
 
 
 @WAYS
