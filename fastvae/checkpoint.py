@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -194,6 +195,11 @@ def _item_ids(items: Any, n_items: int) -> list[str] | None:
         raise ValueError("item ids that are no text")
     if len(items) != n_items:
         raise ValueError(f"{len(items)} item ids for {n_items} items")
+    if not all(item.strip() for item in items):
+        raise ValueError("an empty item id")
+    if len(set(items)) < len(items):
+        again = next(item for item, times in Counter(items).items() if times > 1)
+        raise ValueError(f"the item id {again[:40]!r} twice")
     return items
 
 

@@ -44,6 +44,7 @@ class Clicks:
     Source: scipy.sparse.csr_array for the layout.
     """
 
+    @torch.inference_mode(False)  # training must be able to keep the arrays
     def __init__(self, indptr: Any, indices: Any, values: Any = None, n_items: int | None = None):
         indptr, indices = index_array("indptr", indptr), index_array("indices", indices)
         values = None if values is None else value_array(values)
@@ -181,6 +182,7 @@ class Clicks:
 
     # moving and choosing
 
+    @torch.inference_mode(False)
     def to(self, device: Any, non_blocking: bool = False) -> Clicks:
         """The same clicks on another device; non_blocking as torch's Tensor.to.
 

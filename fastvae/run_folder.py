@@ -165,6 +165,7 @@ class RunFolder:
             return
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -172,6 +173,7 @@ class RunFolder:
         epoch = [row["epoch"] for row in history]
         axis.plot(epoch, [row["loss"] for row in history], color="tab:blue", marker=".")
         axis.set(xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         # a folder's name may hold $, which is no formula
         axis.set_title(f"{self.config['model']}, {self.path.name}", parse_math=False)
         axis.set_ylabel("training loss (nats per user)", color="tab:blue")

@@ -131,10 +131,7 @@ class GraphedStep:
         Raises: RuntimeError where the loss is not finite, before the weights are touched; on a GPU, where asking
         would wait, the sums are for the caller to look at.
         """
-        if not torch.is_grad_enabled():
-            raise ValueError(
-                "GraphedStep: gradients must be enabled, got a call under torch.no_grad or inference_mode"
-            )
+        check_gradients("GraphedStep")
         check_catalogue("GraphedStep", "clicks", clicks, self.model.n_items)
         self.beta.copy_(beta) if isinstance(beta, Tensor) else self.beta.fill_(beta)
         if not self.wants_graph:
@@ -342,6 +339,14 @@ def check_trainable(where: str, model: Any) -> None:
             )
     if not any(p.requires_grad for p in weights):
         raise ValueError(f"{where}: model must have a weight that requires grad, got none")
+
+
+def check_gradients(where: str) -> None:
+    """ValueError where torch keeps no gradients."""
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            f"{where}: gradients must be enabled, got a call under torch.no_grad or torch.inference_mode"
+        )
 
 
 class _Process:

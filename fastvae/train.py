@@ -42,7 +42,14 @@ from .evaluate import evaluate, unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, check_reloadable, interrupt_message
-from .step import GraphedStep, NotFiniteLoss, check_trainable, precisions, wants_graph
+from .step import (
+    GraphedStep,
+    NotFiniteLoss,
+    check_gradients,
+    check_trainable,
+    precisions,
+    wants_graph,
+)
 
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
 
@@ -143,6 +150,7 @@ def fit(
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
+    check_gradients("fit")
     check_trainable("fit", model)
     if run_dir is not None:
         check_reloadable(model)

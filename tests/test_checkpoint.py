@@ -230,6 +230,14 @@ FOREIGN = {
         {"meta": meta(items=["a"]), "model": model().state_dict()},
         "must fit MultiVAE or MultiDAE, got another model (1 item ids for 5 items)",
     ),
+    "ids-twice": (
+        {"meta": meta(items=["a", "b", "a", "c", "b"]), "model": model().state_dict()},
+        "must fit MultiVAE or MultiDAE, got another model (the item id 'a' twice)",
+    ),
+    "empty-ids": (
+        {"meta": meta(items=["a", "b", " ", "c", "d"]), "model": model().state_dict()},
+        "must fit MultiVAE or MultiDAE, got another model (an empty item id)",
+    ),
     "odd-ids": (
         {"meta": meta(items=[1, 2, 3, 4, 5]), "model": model().state_dict()},
         "must fit MultiVAE or MultiDAE, got another model (item ids that are no text)",

@@ -4,10 +4,11 @@ import json
 import os
 import re
 
+import matplotlib.figure
 import pytest
 import torch
 from helpers import run_child
-from training import N_ITEMS, assert_equal_weights, learnable, model, weights
+from training import N_ITEMS, assert_equal_weights, forced_metrics, learnable, model, weights
 
 from fastvae import MultiDAE, MultiVAE, fit
 from fastvae.checkpoint import load_model, read_checkpoint
@@ -298,6 +299,87 @@ def test_a_subclass_trains_but_not_into_checkpoints_that_nothing_could_load(tmp_
         "load_model could not make it again"
     )
     assert not (tmp_path / "run").exists()
+
+
+def with_buffer(net):
+    net.register_buffer("mean_", torch.zeros(3))
+
+
+def with_submodule(net):
+    net.decode.head = torch.nn.Linear(2, 2)
+
+
+def with_parametrization(net):
+    torch.nn.utils.parametrizations.weight_norm(net.encode.q_layers.linear_1)
+
+
+def with_wider_layer(net):
+    net.decode.p_layers.linear_0 = torch.nn.Linear(8, 20)
+
+
+def without_bias(net):
+    net.decode.output.bias = None
+
+
+def with_renamed_keys(net):
+    net.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update(
+            {f"module.{key}": state.pop(key) for key in list(state)}
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (with_buffer, "has mean_"),
+        (with_submodule, "has decode.head.weight"),
+        (with_parametrization, "has encode.q_layers.linear_1.parametrizations.weight.original0"),
+        (with_wider_layer, "reshapes decode.p_layers.linear_0.weight"),
+        (without_bias, "lacks decode.p_layers.linear_1.bias"),
+        (with_renamed_keys, "has module.encode.q_layers.linear_0.weight"),
+    ],
+)
+@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
+def test_a_model_that_load_model_could_not_make_again_is_refused_before_it_trains(
+    tmp_path, monkeypatch, make, change, what
+):
+    train, validation = learnable()
+    net = model(make=make)
+    change(net)
+    monkeypatch.setattr(make, "loss_terms", None)  # not to be reached
+    with pytest.raises(ValueError) as caught:
+        fit(net, train, validation, epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value) == (
+        f"fit: model must have the weights of a plain {make.__name__} where run_dir is given, got one that {what}; "
+        "load_model could not make it again"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_leaves_no_trace_in_the_weights_trains_into_a_run_folder(tmp_path):
+    net, run = model(), tmp_path / "run"
+    net.register_buffer("scratch", torch.zeros(3), persistent=False)
+    net.decode.quiet = torch.nn.Identity()
+    fit(net, *learnable(), epochs=1, run_dir=run)
+    assert_equal_weights(weights(load_model(run / "best.pt")[0]), weights(net))
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2, 3, 40])
+def test_the_learning_curve_has_whole_epochs_on_its_axis(tmp_path, monkeypatch, n_epochs):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *a, **k: figures.append(self) or save(self, *a, **k),
+    )
+    forced_metrics(monkeypatch, [0.1] * n_epochs)
+    fit(model(), *learnable(), epochs=n_epochs, run_dir=tmp_path / "run")
+    axis = figures[0].axes[0]
+    low, high = axis.get_xlim()
+    shown = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert shown and all(tick == int(tick) for tick in shown)
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])

@@ -1,5 +1,6 @@
 """The training step: its gradients, its precision, and its replay as a CUDA graph."""
 
+import contextlib
 import copy
 import math
 
@@ -12,7 +13,7 @@ import fastvae.adam
 from fastvae import Adam, GraphedStep, MultiDAE, MultiVAE, fit
 from fastvae._shadows import shadow_of
 from fastvae.checkpoint import read_checkpoint
-from fastvae.step import backward_of_mean
+from fastvae.step import backward_of_mean, matmul_precision
 
 
 def test_gradients_are_those_of_the_mean_over_users(monkeypatch):
@@ -231,6 +232,28 @@ def test_without_a_gpu_or_by_wish_there_is_no_graph(monkeypatch, cuda_graph):
         monkeypatch.setattr("fastvae.step.can_capture", lambda device: True)
     monkeypatch.setattr("fastvae.step.capture", None)
     fit(model(), random_clicks([5] * 50, N_ITEMS), epochs=1, batch_size=5, cuda_graph=cuda_graph)
+
+
+def test_the_precision_of_products_comes_back_after_the_last_block_of_all_threads():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        one, two = contextlib.ExitStack(), contextlib.ExitStack()
+        one.enter_context(matmul_precision("fp32"))
+        two.enter_context(matmul_precision("bf16"))
+        # the first one ends while the second one still computes
+        one.close()
+        assert torch.get_float32_matmul_precision() == "highest"
+        with pytest.raises(ValueError) as caught, matmul_precision("tf32"):
+            pass
+        assert str(caught.value) == (
+            "fit: precision must be the same kind of fp32 product in all threads, got high beside highest"
+        )
+        two.close()
+        assert torch.get_float32_matmul_precision() == "medium"
+        with matmul_precision("tf32"):
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # loops of one's own
@@ -494,7 +517,7 @@ def test_a_call_that_does_not_fit_is_named():
     with pytest.raises(ValueError) as caught:
         step(clicks)
     assert str(caught.value) == "GraphedStep: clicks must have the model's 40 items, got 5"
-    with pytest.raises(ValueError, match="gradients must be enabled"), torch.no_grad():
+    with pytest.raises(ValueError, match="GraphedStep: gradients must be enabled"), torch.no_grad():
         step(random_clicks([3], N_ITEMS))
 
 

@@ -1,10 +1,12 @@
 """fit(): who is seen when, annealing, early stopping, what is refused, what stops it."""
 
+import copy
 import itertools
 import math
 import os
 import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -354,3 +356,96 @@ def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(result.history) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: MultiVAE([8, 16, N_ITEMS], dropout_dec=[0.3, 0.1]), id="MultiVAE"),
+        pytest.param(lambda: MultiDAE([8, N_ITEMS], dropout_enc=[0.4]), id="MultiDAE"),
+        pytest.param(lambda: MultiVAE([8, N_ITEMS], tanh_after_dropout=True), id="quirk"),
+    ],
+)
+def test_trainings_in_two_threads_are_those_of_one_after_the_other(monkeypatch, make):
+    train, validation = learnable()
+    torch.manual_seed(0)
+    start, finals, state = make(), {}, torch.get_rng_state()
+
+    def training(seed):
+        net = copy.deepcopy(start)
+        fit(net, train, validation, epochs=3, batch_size=20, seed=seed)
+        return weights(net)
+
+    alone = {seed: training(seed) for seed in (1, 2)}
+    meet, terms = threading.Barrier(2, timeout=60), type(start).loss_terms
+
+    def in_turns(self, *arguments):
+        # no thread is a step ahead: each draws between two draws of the other
+        meet.wait()
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(type(start), "loss_terms", in_turns)
+    threads = [
+        threading.Thread(target=lambda seed=seed: finals.update({seed: training(seed)}))
+        for seed in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        assert_equal_weights(alone[seed], finals[seed])
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
+
+
+def test_a_trained_model_draws_from_torchs_own_generator_again():
+    net = model()
+    fit(net, random_clicks([5] * 20, N_ITEMS), epochs=1)
+    net.train()
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(net.loss(random_clicks([5], N_ITEMS), 0.2).item())
+    assert losses[0] == losses[1]
+
+
+class NoisyVAE(MultiVAE):
+    def loss_terms(self, *arguments):
+        nll, kld = super().loss_terms(*arguments)
+        return nll * torch.rand(()), kld
+
+
+def test_what_a_subclass_draws_by_itself_follows_from_the_seed_too():
+    finals = []
+    for draws in (0, 5):
+        torch.manual_seed(0)
+        net = NoisyVAE([4, N_ITEMS])
+        torch.rand(draws)
+        state = torch.get_rng_state()
+        fit(net, random_clicks([5] * 20, N_ITEMS), epochs=2, batch_size=10)
+        assert torch.equal(torch.get_rng_state(), state)
+        finals.append(weights(net))
+    assert_equal_weights(*finals)
+
+
+def test_a_training_without_gradients_is_refused():
+    train, _ = learnable()
+    for off in (torch.no_grad, torch.inference_mode):
+        net = model()
+        with pytest.raises(ValueError) as caught, off():
+            fit(net, train, epochs=1)
+        assert str(caught.value) == (
+            "fit: gradients must be enabled, got a call under torch.no_grad or torch.inference_mode"
+        )
+    with torch.inference_mode():
+        net = model()
+    with pytest.raises(ValueError, match=r"model must be made outside of torch\.inference_mode"):
+        fit(net, train, epochs=1)
+
+
+def test_clicks_made_without_gradients_are_trained_on():
+    with torch.inference_mode():
+        train = Clicks.from_pairs([0, 0, 0, 1], [0, 0, 1, 2], n_items=N_ITEMS, counts=True)
+        moved = train.to("cpu")
+    for clicks in (train, moved):
+        assert fit(model(), clicks, epochs=1).best_epoch == 1
