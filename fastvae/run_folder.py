@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ._files import locked, naming, remove_leftovers, write_text
 from .checkpoint import read_checkpoint, write_checkpoint
@@ -49,6 +50,7 @@ class RunFolder:
         validation: tuple[Clicks, Clicks] | None,
         items: Sequence[str] | None,
     ):
+        _check_reloadable(model)
         self.path, self.model, self.items = path, model, items
         self.best, self.last = path / BEST, path / LAST
         self.config = {
@@ -184,7 +186,7 @@ class RunFolder:
         figure.savefig(self.path / CURVE, dpi=120)
 
 
-def check_reloadable(model: MultiVAE | MultiDAE) -> None:
+def _check_reloadable(model: MultiVAE | MultiDAE) -> None:
     """TypeError or ValueError unless load_model could make the model again from its weights and arguments."""
     if type(model) not in (MultiVAE, MultiDAE):
         raise TypeError(
@@ -200,6 +202,14 @@ def check_reloadable(model: MultiVAE | MultiDAE) -> None:
             raise ValueError(
                 f"fit: model must have the weights of a plain {type(model).__name__} where run_dir is given, got one "
                 f"that {what} {key}; load_model could not make it again"
+            )
+    for name, layer in model.named_modules():
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+        plain_layer = type(layer).forward is nn.Linear.forward and not hooked
+        if name.rpartition(".")[2].startswith("linear_") and not plain_layer:
+            raise ValueError(
+                f"fit: model must have plain layers where run_dir is given, got {name} of another class or with hooks; "
+                "load_model could not make it again"
             )
 
 

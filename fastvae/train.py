@@ -41,7 +41,7 @@ from .clicks import Clicks
 from .evaluate import evaluate, unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
-from .run_folder import METRIC, RunFolder, advice, check_reloadable, interrupt_message
+from .run_folder import METRIC, RunFolder, advice, interrupt_message
 from .step import (
     GraphedStep,
     NotFiniteLoss,
@@ -152,8 +152,6 @@ def fit(
     """
     check_gradients("fit")
     check_trainable("fit", model)
-    if run_dir is not None:
-        check_reloadable(model)
     device = next(model.parameters()).device
     settings = _Settings(
         check_integer("fit", "batch_size", batch_size, 1),

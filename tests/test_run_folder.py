@@ -357,6 +357,31 @@ def test_a_model_that_load_model_could_not_make_again_is_refused_before_it_train
     assert not (tmp_path / "run").exists()
 
 
+def with_a_hook(layer):
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change", [with_a_hook, lambda layer: Scaled(8, 16)], ids=["hook", "class"]
+)
+def test_a_layer_that_computes_more_than_its_weights_say_is_refused_too(tmp_path, change):
+    net = model()
+    net.decode.p_layers.linear_0 = change(net.decode.p_layers.linear_0)
+    with pytest.raises(ValueError) as caught:
+        fit(net, *learnable(), epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value) == (
+        "fit: model must have plain layers where run_dir is given, got decode.p_layers.linear_0 of another class "
+        "or with hooks; load_model could not make it again"
+    )
+    fit(net, *learnable(), epochs=1)  # without a folder it trains
+
+
 def test_what_leaves_no_trace_in_the_weights_trains_into_a_run_folder(tmp_path):
     net, run = model(), tmp_path / "run"
     net.register_buffer("scratch", torch.zeros(3), persistent=False)
