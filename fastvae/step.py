@@ -4,7 +4,7 @@
 
 A captured step costs the host one launch. What a graph freezes (memory, sizes, settings of the optimiser, modes of the
 model) is compared before each replay, so a step that changed runs eagerly until it is captured anew. fit() trains by it,
-and so can a loop of one's own: docs/training.md.
+and so can a loop of one's own: see GraphedStep.
 """
 
 from __future__ import annotations
