@@ -205,7 +205,6 @@ TABLE = {
         adam=AdamTile(block=256, num_warps=1),
     ),
 }
-CHIPS = tuple(chip for chip in TABLE if chip != "interpreter")
 
 
 def of(device: torch.device) -> ChipTiles:

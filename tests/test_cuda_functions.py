@@ -21,6 +21,7 @@ from fastvae import (
     reference,
     sparse_linear,
 )
+from fastvae._shadows import Shadow
 from fastvae.kernels import linear_multinomial_nll as last_layer
 from fastvae.ops.linear_multinomial_nll import _GRADIENTS, _LINEAR_MULTINOMIAL_NLL
 from fastvae.ops.multinomial_nll import _DLOGITS, _MULTINOMIAL_NLL
@@ -330,3 +331,10 @@ def test_arrays_that_were_put_in_place_strided_are_read_in_order():
         lambda x: sparse_linear(x, logits),
     ):
         torch.testing.assert_close(call(x), call(expected))
+
+
+@pytest.mark.parametrize("n_items", [1, 127, 128, 129])
+def test_the_optimisers_copy_is_as_wide_as_the_buffer(n_items):
+    # kernels/ cannot say the width to what runs without triton: two numbers that have to agree
+    weight = torch.nn.Parameter(torch.randn(n_items, 2))
+    assert len(Shadow(weight).rows) == last_layer.stored_width(n_items)

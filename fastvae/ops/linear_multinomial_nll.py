@@ -150,6 +150,7 @@ def _backward_products(
         gradients.add(slice(0, len(hidden)), d, v, dnll)
         return gradients.results()
     # D again, some users at a time
+    bias = None if bias is None else bias.contiguous()
     parts = _parts(len(hidden), _row_bytes(way, n_items, weight.dtype), max_bytes)
     d = d.new_empty((max(part.stop - part.start for part in parts), d.shape[1]))
     for part in parts:
@@ -260,7 +261,6 @@ def _gradients_cuda(
     need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
 ):  # fmt: skip
     csr, needs = (indptr, indices, values, rows), (need_hidden, need_weight, need_bias)
-    bias = None if bias is None else bias.contiguous()
     with without_autocast(hidden.device):
         gradients = _backward_products(
             _kernels(), dnll, v, d, hidden, weight, bias, csr, n_items, needs, weight_dtype, max_bytes
