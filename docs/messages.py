@@ -48,7 +48,7 @@ CAUSES = {
     "dataset_folder.py": "Dataset folders",
     "_checks.py": "Arguments of every function",
     "synthetic.py": "Made-up clicks",
-    "cli.py": "The command",
+    "commands/": "The command",
 }
 
 

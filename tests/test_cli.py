@@ -490,11 +490,11 @@ def test_a_terminal_without_the_sign_for_plus_minus(tmp_path, run, prepared):
 
 
 def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch):
-    from fastvae import cli
+    from fastvae.commands import train
     from fastvae.train import FitResult
 
     calls = []
-    monkeypatch.setattr(cli, "fit", lambda *a, **k: calls.append((a, k)) or FitResult())
+    monkeypatch.setattr(train, "fit", lambda *a, **k: calls.append((a, k)) or FitResult())
     settings = {
         "epochs": 3, "batch_size": 7, "lr": 0.5, "anneal_cap": 0.7, "total_anneal_steps": 9, "patience": 2,
         "precision": "bf16", "seed": 4,
@@ -502,19 +502,19 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     layers = ("--hidden", "30,20", "--latent", 5, "--dropout", 0.25, "--model", "dae")
     assert run("train", prepared[1], tmp_path / "run", "--resume", *layers, *options)[0] == 0
-    (net, train, validation), passed = calls[0]
+    (net, given, validation), passed = calls[0]
     data = Dataset.load(prepared[1])
     expected = {"run_dir": tmp_path / "run", "resume": True, "items": list(data.items)}
     expected |= settings | {"progress": True}
     assert passed == expected
     assert isinstance(net, MultiDAE) and net.p_dims == [5, 20, 30, data.n_items]
     assert net.dropout_enc == [0.25, 0.0, 0.0] and net.q_dims == net.p_dims[::-1]
-    given = [clicks.fingerprint() for clicks in (train, *validation)]
-    assert given == [clicks.fingerprint() for clicks in (data.train, *data.validation)]
+    prints = [clicks.fingerprint() for clicks in (given, *validation)]
+    assert prints == [clicks.fingerprint() for clicks in (data.train, *data.validation)]
 
 
 def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch):
-    from fastvae import cli
+    from fastvae.commands import prepare
 
     calls = []
 
@@ -525,8 +525,8 @@ def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch
 
         return call
 
-    monkeypatch.setattr(cli, "read_events", record(cli.read_events))
-    monkeypatch.setattr(cli, "split_dataset", record(cli.split_dataset))
+    monkeypatch.setattr(prepare, "read_events", record(prepare.read_events))
+    monkeypatch.setattr(prepare, "split_dataset", record(prepare.split_dataset))
     rows = "".join(f"u{u};i{i};5\n" for u in range(9) for i in range(6))
     (tmp_path / "log.csv").write_text("a;b;c\n" + rows)
     columns = {"user": "a", "item": "b", "rating": "c", "min_rating": 4.0}
@@ -653,13 +653,13 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path, run, prepared, monkeypatch):
 def test_ctrl_c_is_one_line_and_exit_code_130(
     folder_of_everything, run, monkeypatch, typed, interrupted
 ):
-    from fastvae import cli
+    from fastvae import commands
 
     def interrupt(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(folder_of_everything)
-    monkeypatch.setattr(cli, interrupted, interrupt)
+    monkeypatch.setattr(getattr(commands, typed.split()[0]), interrupted, interrupt)
     before = sorted(os.listdir())
     code, out, err = run(*typed.split())
     assert code == 130 and out == ""
@@ -718,14 +718,14 @@ def test_results_that_do_not_fit_on_the_disk_are_an_error(folder_of_everything):
 
 
 def test_a_warning_of_ours_is_a_note(folder_of_everything, run, monkeypatch):
-    from fastvae import cli
+    from fastvae.commands import evaluate
 
     def warn(*_, **__):
         warnings.warn("evaluate: held_out must hold no clicks of fold_in, got 1 of 2", stacklevel=2)
         raise ValueError("evaluate: that is all")
 
     monkeypatch.chdir(folder_of_everything)
-    monkeypatch.setattr(cli, "evaluate", warn)
+    monkeypatch.setattr(evaluate, "evaluate", warn)
     _, _, err = run("evaluate", "trained", "data")
     assert err == (
         "evaluate: held_out must hold no clicks of fold_in, got 1 of 2\n"

@@ -1,0 +1,53 @@
+"""What several commands do: the device, the run, its items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import load_model
+from ..dataset_folder import is_dataset_folder
+from ..models import MultiDAE, MultiVAE
+from ..run_folder import BEST
+
+
+def device_named(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu where torch finds no GPU, got {name}")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu or cuda, got {name}") from None
+
+
+def load_run(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
+    if not run.exists():
+        raise ValueError(
+            f"run must be a run folder or a checkpoint, got nothing at {run}; fastvae train writes one"
+        )
+    path = run / BEST if run.is_dir() else run
+    if not path.exists():
+        got = "a dataset folder" if is_dataset_folder(run) else f"a folder without {BEST}"
+        raise ValueError(
+            f"run must be a run folder or a checkpoint, got {got} at {run}; the run comes first"
+        )
+    return load_model(path, tanh_after_dropout)
+
+
+def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
+    if n_items != len(items):
+        raise ValueError(
+            f"checkpoint has {n_items} items, data has {len(items)}: {run} was trained on other data"
+        )
+    known = set(items if vocabulary is None else vocabulary)
+    other = next((item for item in items if item not in known), None)
+    if other is not None:
+        raise ValueError(
+            f"checkpoint has other items than the data, which has {other!r}: {run} was trained on other data"
+        )

@@ -1,0 +1,86 @@
+"""fastvae recommend: top-k lists for the users of a click log or of a dataset folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import console
+from ..data import Dataset
+from ..events import Events, read_events
+from ..export import recommend_to_file
+from ..options import Device, LogOptions, Quirk, RunArg, with_options
+from ._common import check_items, device_named, load_run
+
+
+@with_options
+def recommend(
+    run: RunArg,
+    histories: Annotated[
+        Path, typer.Argument(help="Click log of the users to recommend to, or a dataset folder.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File to write: .csv, .jsonl or .parquet.")],
+    log_options: LogOptions,
+    k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
+    keep_seen: Annotated[
+        bool, typer.Option("--keep-seen", help="Also recommend items of the history.")
+    ] = False,
+    users: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a dataset folder: train, vad, test (their fold-in clicks) or all.",
+            show_default="all",
+        ),
+    ] = None,
+    tanh_after_dropout: Quirk = False,
+    device: Device = None,
+) -> None:
+    """Write the top k items of each user, best first, with external ids; items of the history are left out."""
+    if output.resolve() == histories.resolve():
+        raise ValueError(
+            f"recommend: output must be another file than the histories, got {output} for both"
+        )
+    net, vocabulary = load_run(run, tanh_after_dropout)
+    log = _histories(histories, log_options, users)
+    if vocabulary is None:
+        if not histories.is_dir():
+            raise ValueError(
+                f"recommend: histories must be the dataset folder where {run} does not hold the item ids, "
+                f"got {histories}"
+            )
+        check_items(run, net.n_items, None, log.items)
+    net = net.to(device_named(device))
+    done = recommend_to_file(output, net, log, k, items=vocabulary, keep_seen=keep_seen)
+    if done.n_unknown:
+        console.note(
+            f"{done.n_unknown:,} of {done.n_clicks:,} clicks are on items that the model does not know "
+            f"and are ignored; {done.n_new:,} users have no other"
+        )
+    console.say(f"wrote the top {done.k} of {done.n_users:,} users to {output}")
+    if done.n_empty:
+        console.note(
+            f"{done.n_empty:,} users have no recommendation: their history holds every item of the model"
+        )
+
+
+def _histories(path: Path, log_options: LogOptions, users: str | None) -> Events:
+    """The clicks of a log's or of a dataset folder's users."""
+    if path.is_dir():
+        for name, value in asdict(log_options).items():
+            if value is not None:
+                raise ValueError(
+                    f"recommend: histories must be a click log where --{name.replace('_', '-')} is given, "
+                    "got a dataset folder"
+                )
+        return Dataset.load(path).histories("all" if users is None else users)
+    if users is not None:
+        raise ValueError(
+            f"recommend: users must not be given with a click log, got {users}; it is for dataset folders"
+        )
+    log = read_events(path, **asdict(log_options))
+    console.note_doubts(log)
+    console.note_dropped(log)
+    return log
