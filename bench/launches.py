@@ -24,7 +24,7 @@ from fastvae import MultiVAE
 from fastvae.kernels import tiles
 from fastvae.ops import _dispatch, _linear
 from fastvae.synthetic import synthetic_clicks
-from fastvae.train import _Settings, _Trainer
+from fastvae.trainer import Settings, Trainer
 
 CHIP = "sm_90"
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -106,13 +106,13 @@ def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
         yield
 
 
-def trainer(precision: str, n_items: int = 2_011, batch_size: int = 32) -> tuple[_Trainer, Any]:
+def trainer(precision: str, n_items: int = 2_011, batch_size: int = 32) -> tuple[Trainer, Any]:
     """fit's trainer of the paper's model, and a batch of clicks."""
     clicks = synthetic_clicks(batch_size, n_items, 20 * batch_size)
     torch.manual_seed(0)
-    settings = _Settings(batch_size, 1e-3, 0.2, 0, False, precision, 0)
+    settings = Settings(batch_size, 1e-3, 0.2, 0, False, precision, 0)
     model = MultiVAE([200, 600, n_items]).train()
-    return _Trainer(model, clicks, None, settings, None, False), clicks.rows(range(batch_size))
+    return Trainer(model, clicks, None, settings, None, False), clicks.rows(range(batch_size))
 
 
 def step_launches(precision: str) -> list[str]:

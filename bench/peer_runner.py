@@ -72,11 +72,11 @@ class Clock:
 def run_fastvae(x: sp.csr_matrix, epochs: int, clock: Clock):
     """Ours: fit()."""
     from fastvae import Clicks, MultiVAE, fit
-    from fastvae.train import _Trainer
+    from fastvae.trainer import Trainer
 
     torch.manual_seed(0)
     train, model = Clicks.from_matrix(x), MultiVAE([LATENT, WIDTH, x.shape[1]])
-    _Trainer._run_epoch = clock.timed(_Trainer._run_epoch)
+    Trainer._run_epoch = clock.timed(Trainer._run_epoch)
     annealing = {"anneal_cap": ANNEAL_CAP, "total_anneal_steps": ANNEAL_STEPS}
     fit(model, train, epochs=epochs, batch_size=BATCH_SIZE, **annealing)
     model.eval()

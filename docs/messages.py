@@ -31,6 +31,7 @@ CAUSES = {
     "models.py": "Models",
     "_model_checks.py": "Arguments of models",
     "train.py": "Training",
+    "trainer.py": "A training under way",
     "step.py": "The training step",
     "adam.py": "The optimiser",
     "run_folder.py": "Run folders and resuming",

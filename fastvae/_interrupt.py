@@ -1,14 +1,17 @@
-"""Ctrl-C in the seconds in which the fastvae command imports torch: one line and exit code 130, no traceback.
+"""Ctrl-C: in the seconds in which the fastvae command imports torch, one line and exit code 130, no traceback; in a
+training, an end between two updates.
 
-Imported before anything else; in any other program it does nothing.
+Imported by the command before anything else; in any other program the import does nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -39,3 +42,26 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, _quit)
+
+
+@contextlib.contextmanager
+def held_interrupt() -> Iterator[Any]:
+    """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
+    flag = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    # signals reach the main thread only; a background job that ignores Ctrl-C goes on ignoring it, and a handler that
+    # another language has set (None) could not be put back
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (signal.SIG_IGN, None):
+        yield flag.is_set
+        return
+
+    def handle(*_):
+        flag.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

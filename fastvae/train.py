@@ -1,31 +1,20 @@
-"""fit(): the training loop with KL annealing, validation, early stopping, checkpoints and exact resume.
+"""fit(): train a model, with KL annealing, validation, early stopping, checkpoints and exact resume.
 
     beta(update) = min(anneal_cap, update / total_anneal_steps)     update counted from 0
 
-Every random draw of an epoch (order of users, dropout, noise) follows from the seed and the epoch's number, so a resumed
-run repeats an uninterrupted one bit for bit on a CPU. The step is in step.py, the files are in run_folder.py.
+The loop is in trainer.py, its step in step.py, the files are in run_folder.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ._checks import (
-    NORMALIZE,
     check_catalogue,
     check_choice,
     check_flag,
@@ -35,70 +24,16 @@ from ._checks import (
     check_pair,
     check_per_click,
 )
-from ._draws import seeded
-from .adam import Adam, from_file, to_file
+from ._interrupt import held_interrupt
 from .clicks import Clicks
-from .evaluate import evaluate, unseen
+from .evaluate import unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
-from .run_folder import METRIC, RunFolder, advice, interrupt_message
-from .step import (
-    GraphedStep,
-    NotFiniteLoss,
-    check_gradients,
-    check_trainable,
-    precisions,
-    wants_graph,
-)
+from .run_folder import RunFolder
+from .step import check_gradients, check_trainable, precisions, wants_graph
+from .trainer import FitResult, Settings, Trainer, beta_at, epoch_order
 
-CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
-
-
-def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
-    """Weight of the kld at an update counted from 0: linear up to the cap; constant where total_anneal_steps is 0.
-
-    >>> beta_at(0, 0.2, 200_000), beta_at(20_000, 0.2, 200_000), beta_at(40_000, 0.2, 200_000), beta_at(0, 0.2, 0)
-    (0.0, 0.1, 0.2, 0.2)
-    """
-    return min(anneal_cap, update / total_anneal_steps) if total_anneal_steps > 0 else anneal_cap
-
-
-def epoch_order(n_users: int, seed: int, epoch: int) -> tuple[Tensor, int]:
-    """Row ids of an epoch (counted from 0) in its order, and the seed of its dropout and noise."""
-    order_seed, draw_seed = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
-    generator = torch.Generator("cpu").manual_seed(order_seed)
-    return torch.randperm(n_users, generator=generator, device="cpu"), draw_seed
-
-
-@dataclass
-class FitResult:
-    """What fit() returns: the epochs' metrics, and the best epoch (counted from 1) with its NDCG@100.
-
-    best_epoch is the last epoch and best_metric is nan where there was no validation.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_metric: float = math.nan
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a resumed run must have in common with the run it goes on with."""
-
-    batch_size: int
-    lr: float
-    anneal_cap: float
-    total_anneal_steps: int
-    per_click: bool
-    precision: str
-    seed: int
-
-    def config(self) -> dict[str, Any]:
-        """As in config.json, which keeps an older name for per_click."""
-        settings = asdict(self)
-        older = NORMALIZE[settings.pop("per_click")]
-        return settings | {"normalize": older}
+__all__ = ["FitResult", "beta_at", "epoch_order", "fit"]
 
 
 def fit(
@@ -153,7 +88,7 @@ def fit(
     check_gradients("fit")
     check_trainable("fit", model)
     device = next(model.parameters()).device
-    settings = _Settings(
+    settings = Settings(
         check_integer("fit", "batch_size", batch_size, 1),
         check_number("fit", "lr", lr, 0, above=True),
         check_number("fit", "anneal_cap", anneal_cap, 0),
@@ -181,213 +116,13 @@ def fit(
     if validation is not None:
         validation = _evaluable(validation, device)
     with run.claimed(resume) if run else contextlib.nullcontext():
-        trainer = _Trainer(model, train, validation, settings, run, cuda_graph)
+        trainer = Trainer(model, train, validation, settings, run, cuda_graph)
         if resume:
             trainer.restore()
-        with ProgressBar(progress, epochs, train.n_users) as bar, _held_interrupt() as interrupted:
+        with ProgressBar(progress, epochs, train.n_users) as bar, held_interrupt() as interrupted:
             trainer.run_epochs(epochs, patience, bar, interrupted)
         trainer.finish()
     return trainer.result
-
-
-class _Trainer:
-    """The state of a run: model, optimiser, position, best epoch."""
-
-    def __init__(
-        self, model, train, validation, settings: _Settings, run: RunFolder | None, cuda_graph
-    ):
-        self.model, self.train, self.validation = model, train, validation
-        self.settings, self.run = settings, run
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = Adam(self.weights, settings.lr, shadow=settings.precision == "bf16")
-        self.step = GraphedStep(
-            model,
-            self.optimizer,
-            per_click=settings.per_click,
-            precision=settings.precision,
-            cuda_graph=cuda_graph,
-        )
-        self.result = FitResult()
-        self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
-        self.beta = 0.0  # of the latest update
-        self.sums = self.step.sums  # nll and kld, summed over the users of this epoch
-        self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
-        self.best_weights: dict[str, Tensor] | None = None
-
-    def run_epochs(self, epochs: int, patience: int | None, bar: ProgressBar, interrupted) -> None:
-        """Train until epochs are done or patience is out; KeyboardInterrupt, with last.pt written, once interrupted() is true."""
-        if self.epoch >= epochs > 0:
-            bar.idle(f"the run has {self.epoch} epochs, asked for are {epochs}")
-        elif self._out_of_patience(patience):
-            bar.idle(f"no better NDCG@100 since epoch {self.result.best_epoch} of {self.epoch}")
-        while self.epoch < epochs and not self._out_of_patience(patience):
-            whole = self._run_epoch(bar, interrupted)
-            self.save_last()
-            if not whole or interrupted():
-                raise KeyboardInterrupt(interrupt_message(self.run, self.epoch, self.batch))
-            bar.epoch_done(self.result.history[-1], self.result.best_epoch == self.epoch)
-
-    def _out_of_patience(self, patience: int | None) -> bool:
-        return patience is not None and self.epoch - self.result.best_epoch >= patience
-
-    def _run_epoch(self, bar: ProgressBar, interrupted) -> bool:
-        """Train an epoch from where it stands; False where it was interrupted before its end."""
-        begin, started = self.batch, time.perf_counter()
-        s = self.settings
-        order, draw_seed = epoch_order(self.train.n_users, s.seed, self.epoch)
-        batches = order.to(self.train.device).split(s.batch_size)
-        self.model.train()
-        plain = type(self.model) in (MultiVAE, MultiDAE)
-        with seeded(self.model, draw_seed, self.rng, plain) as where_it_stands:
-            for ids in batches[begin:]:
-                self._step(ids)
-                if bar.due(len(ids)):
-                    self._show(bar)
-                if interrupted() and self.batch < len(batches):
-                    self._check_finite()
-                    self.rng = where_it_stands()
-                    return False
-        n_users = sum(len(ids) for ids in batches[begin:])
-        self._end_epoch(n_users / max(time.perf_counter() - started, 1e-9))
-        return True
-
-    def _show(self, bar: ProgressBar) -> None:
-        users = min(self.batch * self.settings.batch_size, self.train.n_users)
-        nll, kld = (self.sums / users).tolist()
-        bar.move(self.epoch, users, nll, kld, self.beta)
-
-    def _step(self, ids: Tensor) -> None:
-        s = self.settings
-        self.beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
-        try:
-            self.step(self.train.rows(ids), self.beta)
-        except NotFiniteLoss as error:
-            raise self._not_finite(error.value) from None
-        self.update += 1
-        self.batch += 1
-        # a GPU is asked now and then: each question waits for it
-        if self.update % CHECK_EVERY == 0:
-            self._check_finite()
-
-    def _check_finite(self) -> None:
-        total = self.sums.sum().item()
-        if not math.isfinite(total):
-            raise self._not_finite(total)
-        # a finite loss may have had a gradient that is not: such weights are never saved
-        if not all(
-            torch.linalg.vector_norm(p, math.inf).isfinite() for p in self.model.parameters()
-        ):
-            raise RuntimeError(
-                f"fit: weights must be finite, got nan or inf after update {self.update} "
-                f"(epoch {self.epoch + 1}); {advice(self.run)}"
-            )
-
-    def _not_finite(self, value: float) -> RuntimeError:
-        return RuntimeError(
-            f"fit: loss must be finite, got {value} at update {self.update} "
-            f"(epoch {self.epoch + 1}, batch {self.batch + 1}); {advice(self.run)}"
-        )
-
-    def _end_epoch(self, users_per_second: float) -> None:
-        self._check_finite()
-        self.epoch += 1
-        self.batch, self.rng = 0, None
-        nll, kld = (self.sums / self.train.n_users).tolist()
-        self.sums.zero_()
-        row = {
-            "epoch": self.epoch, "update": self.update, "loss": nll + self.beta * kld, "nll": nll,
-            "kld": kld, "beta": self.beta, "users_per_second": round(users_per_second, 1),
-        }  # fmt: skip
-        if self.validation is not None:
-            fold_in, held_out = self.validation
-            try:
-                row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
-            except ValueError as error:  # fit has checked everything else that evaluate refuses
-                raise RuntimeError(
-                    f"fit: scores must be finite, got nan or inf after epoch {self.epoch}; {advice(self.run)}"
-                ) from error
-        self.result.history.append(row)
-        if self.run is not None:
-            self.run.append_metrics(row)
-        metric = row.get(METRIC, math.nan)
-        if self.result.best_epoch == 0 or not metric <= self.result.best_metric:
-            self.result.best_epoch, self.result.best_metric = self.epoch, metric
-            self._keep_best()
-
-    def _keep_best(self) -> None:
-        if self.run is not None:
-            self.run.write_best()
-        elif self.validation is not None:
-            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-
-    def finish(self) -> None:
-        """Give the model the best epoch's weights, and draw the curve."""
-        if self.run is not None and self.result.best_epoch:
-            self.best_weights = self.run.read_best()
-        if self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
-        if self.run is not None:
-            self.run.draw_curve(self.result.history)
-
-    def save_last(self) -> None:
-        """Write last.pt: all that a resume needs."""
-        if self.run is None:
-            return
-        self.run.write_last(
-            optimizer=to_file(self.optimizer.state_dict()),
-            position=[self.epoch, self.batch, self.update],
-            sums=self.sums,
-            history=json.dumps(self.result.history),
-            best=[self.result.best_epoch, float(self.result.best_metric)],
-            rng=self.rng,
-        )
-
-    def restore(self) -> None:
-        """Take up the state of last.pt."""
-        assert self.run is not None
-        state = self.run.read_last()
-        try:
-            self._take_up(state)
-            if self.result.best_epoch:
-                self.run.read_best()  # better now than after the last epoch
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"fit: {self.run.last} must hold the state of this run, got another file ({reason[:200]})"
-            ) from error
-        self.run.rewrite_metrics(self.result.history)
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(from_file(state["optimizer"], self.weights))
-        self.epoch, self.batch, self.update = map(int, state["position"])
-        self.sums.copy_(state["sums"])
-        self.rng = state["rng"]
-        self.result.history = json.loads(state["history"])
-        self.result.best_epoch, self.result.best_metric = state["best"]
-
-
-@contextlib.contextmanager
-def _held_interrupt() -> Iterator[Any]:
-    """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
-    flag = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    # signals reach the main thread only; a background job that ignores Ctrl-C goes on ignoring it, and a handler that
-    # another language has set (None) could not be put back
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or before in (signal.SIG_IGN, None):
-        yield flag.is_set
-        return
-
-    def handle(*_):
-        flag.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _check_data(model, train, validation) -> None:

@@ -67,9 +67,9 @@ def test_ids_and_weights_survive_and_meta_is_json(tmp_path):
 
 
 def test_numpy_numbers_and_ids_are_stored_as_pythons_own(tmp_path, monkeypatch):
-    import fastvae.train
+    import fastvae.trainer
 
-    monkeypatch.setattr(fastvae.train, "evaluate", lambda *_, **__: {"ndcg@100": np.float64(0.3)})
+    monkeypatch.setattr(fastvae.trainer, "evaluate", lambda *_, **__: {"ndcg@100": np.float64(0.3)})
     train = random_clicks([2, 3], 5)
     validation = Clicks([0, 1], [0], n_items=5), Clicks([0, 1], [1], n_items=5)
     fit(model(), train, validation, epochs=1, run_dir=tmp_path, items=np.array(ITEMS))

@@ -300,7 +300,7 @@ def test_a_second_interrupt_reaches_the_handler_of_before(monkeypatch):
 
 
 def test_the_users_per_second_of_a_resumed_epoch_count_its_rest(tmp_path, monkeypatch):
-    import fastvae.train
+    import fastvae.trainer
 
     train, _ = learnable()
     options = {"epochs": 1, "batch_size": 25, "run_dir": tmp_path / "run"}
@@ -314,7 +314,7 @@ def test_the_users_per_second_of_a_resumed_epoch_count_its_rest(tmp_path, monkey
         patch.setattr(MultiVAE, "loss_terms", interrupting)
         fit(model(), train, **options)
     clock = itertools.count(0, 3)  # three seconds between two questions
-    monkeypatch.setattr(fastvae.train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(fastvae.trainer.time, "perf_counter", lambda: next(clock))
     result = fit(model(), train, resume=True, **options)
     assert result.history[0]["users_per_second"] == 25.0
 

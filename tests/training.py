@@ -36,7 +36,7 @@ def assert_equal_weights(a, b):
 
 def forced_metrics(monkeypatch, values):
     """Let validation return these values, and record the weights at each."""
-    import fastvae.train
+    import fastvae.trainer
 
     seen, values = [], iter(values)
 
@@ -44,5 +44,5 @@ def forced_metrics(monkeypatch, values):
         seen.append(weights(net))
         return {"ndcg@100": next(values)}
 
-    monkeypatch.setattr(fastvae.train, "evaluate", fake)
+    monkeypatch.setattr(fastvae.trainer, "evaluate", fake)
     return seen
