@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fastvae import MultiVAE
@@ -66,10 +67,18 @@ class NoDriver:
         return lambda *_: None
 
 
+_results: dict[Any, Tensor] = {}
+
+
 def _mm(a, b, *, out_dtype=None, out=None, mm=torch.mm):
     """torch.mm where a CPU does not have the fp32 result of a half-precision product: one call and its memory."""
     product = mm(a, b) if out is None else mm(a, b, out=out)
-    return product if out_dtype is None else torch.empty(product.shape, dtype=out_dtype)
+    if out_dtype is None:
+        return product
+    shape = product.shape
+    if shape not in _results:
+        _results[shape] = torch.empty(shape, dtype=out_dtype)
+    return _results[shape]
 
 
 @contextlib.contextmanager

@@ -359,7 +359,7 @@ def _kld(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def _mean_loss(nll: Tensor, kld: Tensor, beta: float | Tensor) -> Tensor:
     # an empty batch, the rest of some loaders, counts 0 and not the nan of an empty mean
-    return (nll + beta * kld).mean() if len(nll) else nll.sum()
+    return (nll + beta * kld).mean() if nll.shape[0] else nll.sum()
 
 
 def _wants_loss(model: _MultiModel, beta: float | Tensor | None, per_click: bool) -> bool:

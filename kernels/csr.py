@@ -16,7 +16,7 @@ Csr = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def n_users_of(csr: Csr) -> int:
     """Users of the batch."""
     indptr, _, _, rows = csr
-    return len(indptr) - 1 if rows is None else len(rows)
+    return (indptr.shape[0] - 1) if rows is None else rows.shape[0]
 
 
 def check_rows(csr: Csr) -> None:

@@ -178,7 +178,7 @@ def exp_rows(
     returns  nll [n_users] fp32 (nats), v [n_users] fp32
     """
     check_rows(csr)
-    n_users = len(hidden)
+    n_users = hidden.shape[0]
     results = torch.empty(2, n_users, dtype=torch.float32, device=hidden.device)
     nll, v = results
     if n_users == 0 or n_items == 0:
@@ -198,13 +198,13 @@ def exp_rows(
 def _product_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor, results: Tensor
 ) -> None:  # fmt: skip
-    for piece in pieces(n_items, len(weight)):
+    for piece in pieces(n_items, weight.shape[0]):
         mm(hidden, weight[piece].t(), out=d[:, piece])
-    if len(weight) < d.shape[1]:
+    if weight.shape[0] < d.shape[1]:
         d[:, n_items:].zero_()
     tile = tiles.of(hidden.device).exp_row
     indptr, indices, values, rows = csr
-    _exp_row_kernel[(len(hidden),)](
+    _exp_row_kernel[(hidden.shape[0],)](
         d,
         bias, indptr, indices, values, rows,
         results,
@@ -259,7 +259,7 @@ class Gradients:
         """Take a range of the users along; d and v from exp_rows, dnll [its n_users] of any float and stride."""
         scaled, factor = _scale_hidden(self.hidden[part], v, dnll, d.dtype, self.needs[2])
         if self.dhidden is not None:
-            first, *others = pieces(self.n_items, len(self.weight))
+            first, *others = pieces(self.n_items, self.weight.shape[0])
             product = mm(d[:, first], self.weight[first].to(d.dtype))
             for piece in others:
                 product += mm(d[:, piece], self.weight[piece].to(d.dtype))

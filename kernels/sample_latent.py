@@ -97,7 +97,7 @@ def sample_latent_fwd(encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Te
     noise    [n_users, n_latent]    dtype of encoded; contiguous, or None for z = mu
     returns  z [n_users, n_latent] dtype of encoded, kld [n_users] fp32 (nats)
     """
-    n_users, n_latent = len(encoded), encoded.shape[1] // 2
+    n_users, n_latent = encoded.shape[0], encoded.shape[1] // 2
     z = torch.empty(n_users, n_latent, dtype=encoded.dtype, device=encoded.device)
     kld = torch.empty(n_users, dtype=torch.float32, device=encoded.device)
     if n_users > 0:
@@ -121,7 +121,7 @@ def sample_latent_bwd(
     dkld     [n_users]              any float, any stride, 0 included, or None for zeros
     returns  dencoded [n_users, 2 n_latent] dtype of encoded
     """
-    n_users, n_latent = len(encoded), encoded.shape[1] // 2
+    n_users, n_latent = encoded.shape[0], encoded.shape[1] // 2
     dencoded = torch.empty_like(encoded)
     if dencoded.numel() > 0:
         block_d, num_warps = block_of(n_latent)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -19,23 +16,24 @@ def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ..
     """ValueError unless tensor has this shape (None: any size), TypeError unless it is a floating tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any(map(_differs, shape, sizes)):
         want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-        raise ValueError(f"{op}: {name} must have shape {want}, got {list(tensor.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {want}, got {list(sizes)}")
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {dtype_name(tensor.dtype)}")
 
 
+def _differs(want: int | None, size: int) -> bool:
+    return want is not None and want != size
+
+
 def check_devices(op: str, clicks: Clicks, **tensors: Tensor | None) -> None:
     """RuntimeError that names the first tensor on another device than the clicks."""
+    device = clicks.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != clicks.device:
-            raise RuntimeError(
-                f"{op}: {name} must be on {clicks.device} like clicks, got {tensor.device}"
-            )
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"{op}: {name} must be on {device} like clicks, got {tensor.device}")
 
 
 def check_dtypes(op: str, want: torch.dtype, **tensors: Tensor | None) -> None:
@@ -68,17 +66,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-@contextlib.contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """What is computed inside has settled its dtypes."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    torch.set_autocast_enabled(device.type, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device.type, True)
+class without_autocast:
+    """What is computed inside has settled its dtypes; a class, since a generator takes 3 us."""
+
+    def __init__(self, device: torch.device):
+        self.kind = device.type
+
+    def __enter__(self) -> None:
+        self.was_on = torch.is_autocast_enabled(self.kind)
+        if self.was_on:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def reduce_users(op: str, nll: Tensor, reduction: str, user_weights: Tensor | None) -> Tensor:

@@ -58,7 +58,7 @@ def _has_global_hooks() -> bool:
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in dtype: the optimiser's copy of it, where there is one."""
     shadow = shadow_of(weight) if dtype == torch.bfloat16 else None
-    return weight.to(dtype) if shadow is None else shadow[: len(weight)]
+    return weight.to(dtype) if shadow is None else shadow[: weight.shape[0]]
 
 
 class _Linear(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         h, weight, y = ctx.saved_tensors
         need_h, need_weight, need_bias, *_ = ctx.needs_input_grad
-        dpre = dy if y is None else torch.ops.aten.tanh_backward(dy, y)
+        dpre = dy if y is None else torch.ops.aten.tanh_backward.default(dy, y)
         dh = dweight = dbias = None
         if need_h:
             dh = torch.mm(dpre, weight).to(ctx.dtype)

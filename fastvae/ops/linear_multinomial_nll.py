@@ -10,6 +10,7 @@ so that dlogits = g v D and the upstream gradient g is a factor of a row: the ba
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, Protocol
 
@@ -107,6 +108,7 @@ class _Way(Protocol):
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@functools.cache
 def _kernels() -> _Way:
     with needing_triton("linear_multinomial_nll"):
         from ..kernels import linear_multinomial_nll as kernels
@@ -121,7 +123,7 @@ def _forward(
     way: _Way, hidden, weight, bias, cast, csr: Csr, compute, needs_grad: bool, max_bytes: int
 ):
     compute = way.compute_dtype(compute)
-    n_users, n_items = len(hidden), len(weight)
+    n_users, n_items = hidden.shape[0], weight.shape[0]
     used = way.cast_weight(weight, compute) if cast is None else cast
     same = hidden.to(compute).contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -146,12 +148,13 @@ def _backward_products(
 ):  # fmt: skip
     """Gradients for hidden, weight (in weight_dtype) and bias (fp32 at least); None where not needed."""
     gradients = way.Gradients(hidden, weight, n_items, needs, weight_dtype)
-    if len(d) == len(hidden):
-        gradients.add(slice(0, len(hidden)), d, v, dnll)
+    n_users = hidden.shape[0]
+    if d.shape[0] == n_users:
+        gradients.add(slice(0, n_users), d, v, dnll)
         return gradients.results()
     # D again, some users at a time
     bias = None if bias is None else bias.contiguous()
-    parts = _parts(len(hidden), _row_bytes(way, n_items, weight.dtype), max_bytes)
+    parts = _parts(n_users, _row_bytes(way, n_items, weight.dtype), max_bytes)
     d = d.new_empty((max(part.stop - part.start for part in parts), d.shape[1]))
     for part in parts:
         h, rows = hidden[part].to(weight.dtype).contiguous(), d[: part.stop - part.start]
@@ -298,7 +301,7 @@ def _setup_context(ctx, inputs, output):
     _, v, d, own_cast = output
     ctx.mark_non_differentiable(v, d, own_cast)
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype, ctx.n_items = weight.dtype, len(weight)
+    ctx.weight_dtype, ctx.n_items = weight.dtype, weight.shape[0]
     used_weight = cast if cast is not None else own_cast if own_cast.numel() > 0 else weight
     ctx.save_for_backward(v, d, hidden, used_weight, bias, *csr)
 

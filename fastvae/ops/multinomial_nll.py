@@ -6,6 +6,8 @@ over the logits in blocks of rows that stay in the cache.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -122,16 +124,21 @@ def _row_statistics(logits: Tensor) -> Tensor:
     return lse
 
 
-def _multinomial_nll_cuda(logits, indptr, indices, values, rows):
+@functools.cache
+def _kernels():
     with needing_triton("multinomial_nll"):
-        from ..kernels.multinomial_nll import multinomial_nll_fwd
-    return multinomial_nll_fwd(_row_major(logits), (indptr, indices, values, rows))
+        from ..kernels import multinomial_nll as kernels
+    return kernels
+
+
+def _multinomial_nll_cuda(logits, indptr, indices, values, rows):
+    return _kernels().multinomial_nll_fwd(_row_major(logits), (indptr, indices, values, rows))
 
 
 def _dlogits_cuda(dnll, logits, lse, indptr, indices, values, rows):
-    with needing_triton("multinomial_nll"):
-        from ..kernels.multinomial_nll import multinomial_nll_bwd
-    return multinomial_nll_bwd(_row_major(logits), lse, dnll, (indptr, indices, values, rows))
+    return _kernels().multinomial_nll_bwd(
+        _row_major(logits), lse, dnll, (indptr, indices, values, rows)
+    )
 
 
 def _row_major(logits: Tensor) -> Tensor:

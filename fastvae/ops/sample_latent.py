@@ -5,6 +5,8 @@ CUDA tensors take the Triton kernels of fastvae.kernels.sample_latent. CPU tenso
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -85,19 +87,22 @@ def _dencoded_fake(encoded, noise, dz, dkld):
     return torch.empty_like(encoded, memory_format=torch.contiguous_format)
 
 
-def _sample_latent_cuda(encoded, noise):
+@functools.cache
+def _kernels():
     with needing_triton("sample_latent"):
-        from ..kernels.sample_latent import sample_latent_fwd
+        from ..kernels import sample_latent as kernels
+    return kernels
+
+
+def _sample_latent_cuda(encoded, noise):
     noise = None if noise is None else noise.contiguous()
-    return sample_latent_fwd(encoded.contiguous(), noise)
+    return _kernels().sample_latent_fwd(encoded.contiguous(), noise)
 
 
 def _dencoded_cuda(encoded, noise, dz, dkld):
-    with needing_triton("sample_latent"):
-        from ..kernels.sample_latent import sample_latent_bwd
     noise = None if noise is None else noise.contiguous()
     dz = None if dz is None else dz.contiguous()
-    return sample_latent_bwd(encoded.contiguous(), noise, dz, dkld)
+    return _kernels().sample_latent_bwd(encoded.contiguous(), noise, dz, dkld)
 
 
 _DENCODED = Op("sample_latent_backward", _dencoded_cpu, _dencoded_cuda, _dencoded_fake)

@@ -6,6 +6,8 @@ gather-sum is torch's embedding_bag, and the weight gradient is an embedding_bag
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -219,12 +221,17 @@ def _dvalues_fake(
     return torch.empty_like(values)
 
 
+@functools.cache
+def _kernels():
+    with needing_triton("sparse_linear"):
+        from ..kernels import sparse_linear as kernels
+    return kernels
+
+
 def _sparse_linear_cuda(
     indptr, indices, values, rows, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input
 ):
-    with needing_triton("sparse_linear"):
-        from ..kernels.sparse_linear import sparse_linear_fwd
-    return sparse_linear_fwd(
+    return _kernels().sparse_linear_fwd(
         (indptr, indices, values, rows),
         weight.t().contiguous() if cast is None else cast,
         None if bias is None else bias.contiguous(),
@@ -239,9 +246,7 @@ def _sparse_linear_cuda(
 def _dweight_cuda(
     dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
 ):  # fmt: skip
-    with needing_triton("sparse_linear"):
-        from ..kernels.sparse_linear import sparse_linear_bwd_weight
-    return sparse_linear_bwd_weight(
+    return _kernels().sparse_linear_bwd_weight(
         dpre,
         (indptr, indices, values, rows),
         seed,
@@ -291,7 +296,7 @@ def _backward(ctx, dy, *_):
     # the kernels take any dtype, and widen what they read
     total = y.dtype if uses_kernels(y) else sum_dtype(y.dtype)
     dpre = dy.to(total)
-    dpre = (torch.ops.aten.tanh_backward(dpre, y.to(total)) if tanh else dpre).contiguous()
+    dpre = (torch.ops.aten.tanh_backward.default(dpre, y.to(total)) if tanh else dpre).contiguous()
     dweight = dbias = dvalues = None
     if need_weight:
         n_items = weight.shape[1]
