@@ -60,6 +60,12 @@ def note_doubts(log: Events) -> None:
             f"column {label['column']!r} says no for {label['events']:,} of {log.info['n_events']:,} events, which "
             f"were read as clicks all the same; --rating {label['column']} --min-rating 1 leaves them out"
         )
+    for kind in source.get("kinds_of_events", ()):
+        kinds = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in list(kind["events"].items())[:5])
+        note(
+            f"column {kind['column']} says that events are of {len(kind['events'])} kinds, {kinds}, which were all read "
+            "as clicks; where some are none, leave out their lines"
+        )
     for doubt in source.get("perhaps_no_ids", ()):
         share = doubt["events"] / log.info["n_events"]
         note(

@@ -27,6 +27,15 @@ _KINDS = {
 }
 _NUMBER = r"^-?\d+(\.\d*)?([eE][-+]?\d+)?$"
 _FRACTION = r"\.\d*[1-9]"
+# what columns of events say, in lower case; also of Taobao's and OTTO's logs
+_KINDS_OF_EVENTS = (
+    "view", "views", "pageview", "pv", "ipv", "impression", "show", "click", "clicks", "clk", "cart", "carts",
+    "addtocart", "addcart", "addtobasket", "basket", "removefromcart", "wishlist", "addtowishlist", "fav", "favorite",
+    "favourite", "collect", "buy", "order", "orders", "purchase", "purchases", "transaction", "checkout", "like",
+    "dislike", "share", "comment", "play", "skip", "watch", "download", "install", "rating", "review", "reading",
+)  # fmt: skip
+# more are no kinds
+_MOST_KINDS = 20
 # a user with so many of all events is worth a note, where there are at least that many users
 _LARGE_SHARE, _MANY_USERS = 0.1, 50
 
@@ -60,6 +69,58 @@ def _kind(ids: Any, n_events: int) -> str | None:
         if seconds.all() and len(ids) > max(20, n_events / 2):
             return "times"
     return None
+
+
+def check_lines(table: Table, users: Any) -> None:
+    """ValueError where a file whose columns nobody named has a line for each user, with a list of items: equally long
+    lists look like a table.
+
+    users  of the events, a polars Series of text
+    """
+    n = len(table.names)
+    if table.header or n < 3 or len(users) < 2 or users.n_unique() < len(users):
+        return
+    columns = {str(k): k for k in range(n)}
+    numbers = table.collect(
+        columns, lambda texts: texts.head(1000).cast(import_polars().Int64, strict=False)
+    )
+    if any(numbers.null_count().row(0)):
+        return
+    highest = numbers.select(import_polars().all().max()).row(0)
+    # ratings beside larger items, and seconds since 1970
+    is_log = max(highest[2:3]) <= 10 < highest[1] or max(highest) > 4e8
+    if not is_log:
+        raise ValueError(
+            f"events: file must have a line for each user and item, got {n} numbers on each line and no user twice in "
+            f"{table.path.name}; write the lists as pairs, or name the columns of user and item by their numbers"
+        )
+
+
+def kinds_of_events(table: Table, taken: set[int]) -> list[dict[str, Any]]:
+    """Columns that say what an event is (view, cart, purchase) and were not asked for, with the events of each kind.
+
+    taken  positions of the columns that are read
+    """
+    pl, found = import_polars(), []
+    others = {str(k): k for k in sorted(table.scalars() - taken)}
+    if not others:
+        return []
+    first = table.collect(others, lambda texts: texts.head(1000))
+    named = table.all_of("kind")
+    for name, k in others.items():
+        words = first[name].str.to_lowercase().str.replace_all(r"[\W_]", "").unique()
+        if words.is_in(_KINDS_OF_EVENTS).sum() < 2 and k not in named:
+            continue
+        counts = table.collect({"kind": k}, lambda texts: _counted(pl, texts))
+        kinds = dict(counts.drop_nulls().iter_rows())
+        if 2 <= len(kinds) <= _MOST_KINDS:
+            found.append({"column": table.names[k], "events": kinds})
+    return found
+
+
+def _counted(pl: Any, texts: Any) -> Any:
+    counts = texts.group_by("kind").agg(pl.len()).sort("len", "kind", descending=[True, False])
+    return counts.head(_MOST_KINDS + 1)
 
 
 def no_ids(ids: Any) -> tuple[list[str], bool]:

@@ -28,6 +28,7 @@ _GUESSES = {
     "rating": "rating ratings score stars overall bookrating reviewscore playcount plays",
     "label": "label isclick isclicked click clicked islike isliked like liked target isbuy isbought bought ispurchase "
     "purchased iswatched watched isconversion converted conversion isrelevant relevant",
+    "kind": "eventtype eventname behavior behaviour behaviortype action actiontype interaction interactiontype",
     "title": "title movietitle itemtitle name itemname trackname",
 }
 _SEPARATORS = ("\t", "::", ",", ";", "|")
@@ -94,6 +95,14 @@ class Table:
         """Positions of all columns that a header gives a name that looks like the role."""
         names = enumerate(map(_plain, self.names)) if self.header else ()
         return [k for k, name in names if name in _GUESSES[role].split()]
+
+    def scalars(self) -> set[int]:
+        """Positions of the columns that can be read as text: in Parquet there are lists, structures and bytes too."""
+        if self.separator is not None:
+            return set(range(len(self.names)))
+        pl = import_polars()
+        dtypes = pl.scan_parquet(self.path, glob=False).collect_schema().dtypes()
+        return {k for k, dtype in enumerate(dtypes) if not dtype.is_nested() and dtype != pl.Binary}
 
     def find(self, role: str, wanted: str | None) -> int:
         """Position of the column that is called wanted, or that looks like the role."""

@@ -13,7 +13,15 @@ import numpy as np
 
 from ._checks import check_number
 from .clicks import Clicks
-from .event_ids import check_guessed, n_quoted, n_spaced, no_ids, suspects
+from .event_ids import (
+    check_guessed,
+    check_lines,
+    kinds_of_events,
+    n_quoted,
+    n_spaced,
+    no_ids,
+    suspects,
+)
 from .event_table import Table, import_polars, open_table
 
 # why an event is not in the dataset, in the order of the questions: the first yes counts
@@ -78,8 +86,8 @@ def read_events(
     not matter.
 
     info["source"] holds what may have been meant otherwise: perhaps_no_ids, labels_of_0 (columns such as is_click
-    that were not asked for), quoted_ids, ids_with_spaces, line_ends_in_ids, kept_without_a_number. The command says
-    these aloud.
+    that were not asked for), kinds_of_events (columns of view, cart, purchase), quoted_ids, ids_with_spaces,
+    line_ends_in_ids, kept_without_a_number. The command says these aloud.
     Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
     in a column that was taken for ids by its place; ImportError without polars.
     """
@@ -103,6 +111,8 @@ def read_events(
     for role, wanted in (("user", user), ("item", item)):
         if wanted is None and not table.header:
             check_guessed(role, ids[role], table, columns[role], len(kept))
+    if user is None and item is None:
+        check_lines(table, kept["user"])
     n_why = np.bincount(frame["why"].to_numpy(), minlength=len(DROPPED) + 1).tolist()
     source = {
         "file": table.path.name,
@@ -113,6 +123,7 @@ def read_events(
         **_line_ends(pl, table, frame),
         "kept_without_a_number": int(kept["odd"].sum()),
         "labels_of_0": _labels_of_0(pl, table, columns),
+        "kinds_of_events": kinds_of_events(table, set(columns.values())),
         "quoted_ids": sum(n_quoted(ids[role]) for role in _ROLES),
         "ids_with_spaces": sum(n_spaced(ids[role]) for role in _ROLES),
     }
@@ -195,7 +206,7 @@ def _line_ends(pl: Any, table: Table, frame: Any) -> dict[str, int]:
 def _labels_of_0(pl: Any, table: Table, columns: dict[str, int]) -> list[dict[str, Any]]:
     """Columns such as is_click that were not asked for, and how many events they call no click."""
     found = []
-    for k in set(table.all_of("label")) - set(columns.values()):
+    for k in (set(table.all_of("label")) & table.scalars()) - set(columns.values()):
         n = table.collect({"label": k}, lambda texts: _count_labels(pl, texts)).row(0, named=True)
         if n["no"] and n["yes"] and n["no"] + n["yes"] == n["all"]:
             found.append({"column": table.names[k], "events": n["no"]})

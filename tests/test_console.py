@@ -35,6 +35,11 @@ NOTES = {
         "column 'is_click' says no for 2 of 3 events, which were read as clicks all the same; "
         "--rating is_click --min-rating 1 leaves them out\n",
     ),
+    "kinds.csv": (
+        "user,item,event\nu,a,view\nu,b,cart\nv,a,view\n",
+        "column event says that events are of 2 kinds, 'view' (2), 'cart' (1), which were all read as clicks; "
+        "where some are none, leave out their lines\n",
+    ),
     "no_user.csv": (
         "user,item\nAnn,a\nNone,b\nNone,c\nBob,x\n",
         "user 'None' has 2 events, 50.0% of all; where this stands for no id, remove those lines\n",

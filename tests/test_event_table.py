@@ -118,6 +118,22 @@ def test_a_parquet_column_of_structures_is_no_column_of_ids(tmp_path):
         read_events(path)
 
 
+def test_other_parquet_columns_may_be_of_any_kind(tmp_path):
+    path = tmp_path / "log.parquet"
+    columns = {
+        "user": ["a", "b"],
+        "item": [1, 2],
+        "label": [[0], [1]],
+        "action": [{"a": 1}, {"a": 2}],
+        "event": [b"\xff", b"\xfe"],
+        "kind": pl.Series(["view", "buy"], dtype=pl.Categorical),
+    }
+    pl.DataFrame(columns).write_parquet(path)
+    source = read_events(path).info["source"]
+    assert source["labels_of_0"] == []
+    assert source["kinds_of_events"] == [{"column": "kind", "events": {"buy": 1, "view": 1}}]
+
+
 def test_columns_can_be_named(tmp_path):
     named = write(tmp_path, "named.csv", "who,what,user,item\nu,a,1,2\n")
     assert pairs_of(read_events(named, user="who", item="what")) == [("u", "a")]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import Counter
 
 import pytest
@@ -185,6 +186,38 @@ def test_ids_that_look_a_little_like_times_or_numbers_are_ids(tmp_path):
         assert read_events(path).items.tolist() == sorted(ids)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["0 1 2 3\n1 4 5 6\n", "0\t1\t2\n1\t3\t4\n2\t1\t9\n", "7,30,2\n9,40,21\n"],
+    ids=["spaces", "tabs", "commas"],
+)
+def test_lists_of_one_length_are_refused_unless_the_columns_are_named(tmp_path, text):
+    path = write(tmp_path, "lists.txt", text)
+    with pytest.raises(ValueError) as error:
+        read_events(path)
+    n = len(re.split(r"\W", text.splitlines()[0]))
+    assert str(error.value) == (
+        f"events: file must have a line for each user and item, got {n} numbers on each line and no user twice in "
+        "lists.txt; write the lists as pairs, or name the columns of user and item by their numbers"
+    )
+    assert read_events(path, user="1", item="2").x.nnz == len(text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 2 3\n1 4 5\n",  # a user twice
+        "7,31,5\n8,12,4\n",  # ratings
+        "7,1,1112486027\n8,2,1112486029\n",  # times
+        "7,1,a\n8,2,b\n",
+        "1 2\n3 4\n",
+        "7 1 2\n",
+    ],
+)
+def test_a_log_of_one_event_a_user_is_no_list(tmp_path, text):
+    assert read_events(write(tmp_path, "log.txt", text)).x.nnz == len(text.splitlines())
+
+
 def test_whether_there_is_a_header_is_in_the_info(tmp_path):
     plain, named = (write(tmp_path, "a.csv", "1,2\n"), write(tmp_path, "b.csv", "user,item\n1,2\n"))
     assert [read_events(path).info["source"]["header"] for path in (plain, named)] == [False, True]
@@ -258,6 +291,39 @@ def test_a_column_called_label_that_holds_something_else_is_no_label(tmp_path):
         rows = "".join(f"{u},a,{value}\n" for u, value in enumerate(values))
         events = read_events(write(tmp_path, "log.csv", "user,item,label\n" + rows))
         assert events.info["source"]["labels_of_0"] == []
+
+
+@pytest.mark.parametrize(
+    ("header", "kinds"),
+    [
+        ("timestamp,visitorid,event,itemid", ["view", "addtocart", "transaction"]),  # Retailrocket
+        ("time,user_id,event_type,product_id", ["view", "cart", "purchase", "remove_from_cart"]),
+        ("time,user_id,action_type,item_id", ["0", "1", "2", "3"]),  # Tmall
+        ("ts,session,type,aid", ["clicks", "carts", "orders"]),  # OTTO
+        ("t,user_id,Event,item_id", ["View", "Add to Cart"]),
+        (None, ["pv", "buy", "cart", "fav"]),  # Taobao's UserBehavior
+    ],
+)
+def test_events_of_several_kinds_are_pointed_out(tmp_path, header, kinds):
+    lines = [header] if header else []
+    lines += [f"15{k:08},u{k % 9},{kinds[k % len(kinds)]},{k % 7}" for k in range(40)]
+    names = header.split(",") if header else ["1", "2", "3", "4"]
+    path = write(tmp_path, "log.csv", "\n".join(lines) + "\n")
+    events = read_events(path, user=names[1], item=names[3])
+    counts = {kind: len(range(n, 40, len(kinds))) for n, kind in enumerate(kinds)}
+    assert events.info["source"]["kinds_of_events"] == [{"column": names[2], "events": counts}]
+    read = read_events(path, user=names[1], item=names[3], rating=names[2])
+    assert read.info["source"]["kinds_of_events"] == []
+
+
+@pytest.mark.parametrize(
+    "values", [["view"], ["movie", "series"], ["play", "x"], [*map(str, range(25))]]
+)
+def test_a_column_of_something_else_says_no_kinds_of_events(tmp_path, values):
+    rows = "".join(f"{k % 5},{k % 8},{values[k % len(values)]}\n" for k in range(60))
+    for name in ("type", "category", "action" if len(values) in (1, 25) else "note"):
+        events = read_events(write(tmp_path, "log.csv", f"user,item,{name}\n{rows}"))
+        assert events.info["source"]["kinds_of_events"] == []
 
 
 def test_ratings_of_true_and_false_are_1_and_0(tmp_path):
