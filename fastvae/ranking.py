@@ -120,12 +120,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_model(where: str, model: Any) -> int:
-    """The model's n_items; TypeError unless model is a torch module that says them."""
+    """The model's n_items; TypeError unless model is a torch module that says them, ValueError where it is empty."""
     n_items = getattr(model, "n_items", None)
     if not isinstance(model, nn.Module) or not isinstance(n_items, int):
         got = type(model).__name__
         raise TypeError(
             f"{where}: model must be a MultiVAE, a MultiDAE, or another torch module with n_items, got {got}"
+        )
+    if any(t.is_meta for t in chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            f"{where}: model must have weights in memory, got the device meta; load weights into it"
         )
     return n_items
 

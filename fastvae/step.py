@@ -326,8 +326,12 @@ def check_trainable(where: str, model: Any) -> None:
     for p in weights:
         if p.dtype != torch.float32:
             raise ValueError(
-                f"{where}: model must be float32, got {dtype_name(p.dtype)}; "
+                f"{where}: model must be float32, got {dtype_name(p.dtype)}; call model.float(): "
                 "precision='bf16' computes in bf16 all the same"
+            )
+        if p.is_meta:
+            raise ValueError(
+                f"{where}: model must have weights in memory, got the device meta; make it outside of torch.device('meta')"
             )
         if p.device != weights[0].device:
             raise ValueError(

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, random_clicks
+from helpers import DEVICE, random_clicks, run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,6 +17,7 @@ from torch import nn
 from fastvae.clicks import Clicks
 from fastvae.evaluate import Evaluation, Popularity, evaluate, ndcg_at_k, recall_at_k
 from fastvae.models import MultiDAE, MultiVAE
+from fastvae.recommend import recommend
 
 INF = float("inf")
 
@@ -416,6 +416,19 @@ def test_a_model_that_is_none_is_named():
         )
 
 
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = MultiVAE([2, 3])
+    three = one_user(0, n_items=3)
+    with pytest.raises(ValueError) as raised:
+        evaluate(model, three, one_user(1, n_items=3))
+    assert str(raised.value) == (
+        "evaluate: model must have weights in memory, got the device meta; load weights into it"
+    )
+    with pytest.raises(ValueError, match=r"^recommend: model must have weights in memory"):
+        recommend(model, three)
+
+
 def test_arguments_of_the_metrics():
     scores, held_out = torch.zeros(1, 3), one_user(0, n_items=3)
     with pytest.raises(ValueError) as raised:
@@ -448,42 +461,10 @@ def test_arguments_of_the_metrics():
 
 # memory
 
-MEMORY = """
-import numpy as np, torch
-from fastvae.clicks import Clicks
-from fastvae.evaluate import evaluate
-from fastvae.recommend import recommend
-
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
-
-class Model(torch.nn.Module):
-    def __init__(self, n_items):
-        super().__init__()
-        self.n_items = n_items
-        self.items = torch.nn.Parameter(torch.randn(n_items, 4))
-    def forward(self, clicks):
-        part = clicks.compact()
-        users = torch.nn.functional.embedding_bag(
-            part.indices.long(), self.items, part.indptr[:-1], mode="sum")
-        return users @ self.items.t()
-
-def clicks(n_users, per_user):
-    indices = np.arange(n_users * per_user) * 7919 % 200_000
-    return Clicks(np.arange(n_users + 1) * per_user, indices, n_items=200_000)
-
-model, fold_in, held_out = Model(200_000), clicks(1200, 50), clicks(1200, 13)
-model(fold_in.rows(range(16)))
-before = peak()
-evaluate(model, fold_in, held_out)
-recommend(model, fold_in, k=20)
-print(peak() - before)
-"""
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_few_blocks():
     # dense scores of all users would be 916 MiB; 20,000 users are allowed 1.6 GB
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    run = run_child("evaluate_memory.py")
+    assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 700, f"{run.stdout} MiB"

@@ -11,6 +11,7 @@ import torch.nn.utils.prune
 from helpers import assert_as_accurate_as_torch, random_clicks
 from torch import nn
 
+import fastvae
 from fastvae import Clicks, MultiDAE, MultiVAE, reference, vae_loss_fn
 
 MODELS = [MultiVAE, MultiDAE]
@@ -59,6 +60,48 @@ def test_keys_shapes_and_storage(make):
     model.loss(random_clicks([2, 3], 9)).backward()
     first = model.encode.q_layers.linear_0.weight
     assert first.grad.stride() == first.stride()
+
+
+def test_a_state_dict_is_the_weights_and_assigned_weights_go_item_by_item():
+    model, other = MultiVAE([4, 6, 9]), MultiVAE([4, 6, 9])
+    for key, value in model.state_dict().items():
+        value.fill_(2.0)
+        assert (dict(model.named_parameters())[key] == 2).all()
+    row_major = {key: t.contiguous() for key, t in other.state_dict().items()}
+    with torch.device("meta"):
+        empty = MultiVAE([4, 6, 9])
+    for assigned in (model, empty.requires_grad_(False)):
+        needs_grad = assigned.encode.q_layers.linear_0.weight.requires_grad
+        assigned.load_state_dict(row_major, assign=True)
+        first = assigned.encode.q_layers.linear_0.weight
+        assert torch.equal(first, row_major[KEYS[0]]) and first.t().is_contiguous()
+        assert isinstance(first, nn.Parameter) and first.requires_grad == needs_grad
+        assert assigned.decode.output.weight.data_ptr() == row_major[KEYS[-2]].data_ptr()
+    half = {key: t.half() for key, t in row_major.items()}
+    assert (
+        empty.load_state_dict(half, assign=True)
+        and empty.encode.q_layers.linear_0.weight.dtype == torch.half
+    )
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_row_major_first_weight_only_costs_time(make):
+    """As FSDP2 wants it."""
+    torch.manual_seed(0)
+    model = make([4, 6, 9])
+    other = copy.deepcopy(model)
+    layer = other.encode.q_layers.linear_0
+    layer.weight = nn.Parameter(layer.weight.detach().contiguous())
+    clicks = random_clicks([3, 1, 5], 9)
+    for net in (model, other):
+        optimizer = fastvae.Adam(net.parameters(), lr=0.1)
+        for step in range(3):
+            torch.manual_seed(step)
+            net.loss(clicks, beta=0.2).backward()
+            optimizer.step()
+    assert layer.weight.is_contiguous()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -482,6 +482,11 @@ def inference_model():
         return model()
 
 
+def meta_model():
+    with torch.device("meta"):
+        return model()
+
+
 def half_model():
     net = model()
     net.decode.output.half()
@@ -492,7 +497,8 @@ def half_model():
     ("change", "error", "message"),
     [
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "GraphedStep: model must be a MultiVAE or MultiDAE, got Linear; pass the model itself where that wraps one"),
-        ({"model": half_model()}, ValueError, "GraphedStep: model must be float32, got float16; precision='bf16' computes in bf16 all the same"),
+        ({"model": half_model()}, ValueError, "GraphedStep: model must be float32, got float16; call model.float(): precision='bf16' computes in bf16 all the same"),
+        ({"model": meta_model()}, ValueError, "GraphedStep: model must have weights in memory, got the device meta; make it outside of torch.device('meta')"),
         ({"model": model().requires_grad_(False)}, ValueError, "GraphedStep: model must have a weight that requires grad, got none"),
         ({"model": inference_model()}, ValueError, "GraphedStep: model must be made outside of torch.inference_mode, got weights that cannot be trained"),
         ({"optimizer": None}, TypeError, "GraphedStep: optimizer must be a torch optimizer, got NoneType"),
