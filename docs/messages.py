@@ -38,6 +38,8 @@ CAUSES = {
     "progress.py": "The progress bar",
     "checkpoint.py": "Checkpoints",
     "evaluate.py": "Evaluation",
+    "metrics.py": "Metrics",
+    "baselines.py": "Baselines",
     "recommend.py": "Recommendation",
     "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",

@@ -126,7 +126,6 @@ def show_results(results: dict[str, Evaluation]) -> None:
     first = next(iter(results.values()))
     table = Table("", *first.mean)
     for name, result in results.items():
-        values = (f"{result.mean[m]:.4f} ± {result.stderr[m]:.4f}" for m in result.mean)
-        table.add_row(Text(name), *values)
+        table.add_row(Text(name), *map(result.text, result.mean))
     out.print(table)
     say(f"{first.n_evaluated:,} users evaluated, {first.n_skipped:,} skipped")

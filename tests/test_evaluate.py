@@ -280,11 +280,12 @@ def test_metric_names():
     single = evaluate(model, fold_in, held_out, "ndcg@10")
     twice = evaluate(model, fold_in, held_out, ["ndcg@10", "ndcg@10"])
     assert single == twice and list(single.mean) == ["ndcg@10"]
-    for name in ("map@10", "ndcg@0", "ndcg@", "ndcg@1.5", "NDCG@10", "ndcg@-1", "ndcg"):
+    for name in ("auc@10", "ndcg@0", "ndcg@", "ndcg@1.5", "NDCG@10", "ndcg@-1", "ndcg"):
         with pytest.raises(ValueError) as raised:
             evaluate(model, fold_in, held_out, ["recall@5", name])
         assert str(raised.value) == (
-            f"evaluate: metrics must be names like 'ndcg@100' or 'recall@20', got {name!r}"
+            f"evaluate: metrics must be names like 'ndcg@100' or 'recall@20', got {name!r}; the kinds are ndcg, recall, "
+            "precision, map, mrr, hit, novelty, coverage"
         )
 
 
