@@ -12,143 +12,24 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_catalogue, check_per_click
+from ._checks import check_catalogue, check_choice, check_flag, check_per_click
 from ._draws import Drawing
+from ._layers import ACTIVATIONS, Decoder, Encoder, dtype_of
 from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
-from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
-from .ops._linear import is_only, linear
+from .ops import linear_multinomial_nll, multinomial_nll, sample_latent
+from .ops._linear import is_only
 
-
-class ItemMajorLinear(nn.Linear):
-    """nn.Linear over the items whose weight [out, n_items] is stored item by item: .weight.t() is contiguous.
-
-    One item's numbers then lie side by side for the gather of sparse_linear; shape, key and loading stay nn.Linear's.
-    What flattens weights by .view(-1), as parameters_to_vector and LBFGS of torch do, refuses it; so do safetensors'
-    save_file and FSDP2. A copy in its place in state_dict() would be 48 MB at 20,108 items, and what is written into
-    it would be lost.
-    """
-
-    def __init__(self, n_items: int, out_features: int):
-        super().__init__(n_items, out_features, device="meta")
-        self.weight = nn.Parameter(torch.empty(n_items, out_features).t())
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        # load_state_dict(assign=True) puts a file's row-major tensor in the weight's place
-        is_assigned = local_metadata.get("assign_to_params_buffers", False)
-        if is_assigned and not self.weight.t().is_contiguous():
-            weight = self.weight.detach().t().contiguous().t()
-            self.weight = nn.Parameter(weight, self.weight.requires_grad)
-
-
-class _Stack(nn.Module):
-    """Linear layers linear_0, linear_1, ... each behind a dropout of its own."""
-
-    def __init__(self, dims: Sequence[int], dropout: Sequence[float], item_major_first: bool):
-        super().__init__()
-        self.dropout = list(dropout)
-        for n, (n_in, n_out) in enumerate(itertools.pairwise(dims)):
-            item_major = item_major_first and n == 0
-            layer = ItemMajorLinear(n_in, n_out) if item_major else nn.Linear(n_in, n_out)
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.normal_(layer.bias, std=0.001)
-            self.add_module(f"linear_{n}", layer)
-
-    def __len__(self) -> int:
-        return len(self.dropout)
-
-    def layer(self, n: int) -> nn.Linear:
-        """linear_n."""
-        # get_submodule, which parses its path, takes 8 us
-        return self._modules[f"linear_{n}"]  # type: ignore[return-value]
-
-    def extra_repr(self) -> str:
-        return f"dropout={self.dropout}"
-
-
-class Encoder(Drawing):
-    """Clicks or a dense x to the last encoder layer's output."""
-
-    def __init__(self, q_dims, dropout, tanh_last: bool, tanh_after_dropout: bool):
-        super().__init__()
-        self.tanh_last, self.tanh_after_dropout = tanh_last, tanh_after_dropout
-        self.q_layers = _Stack(q_dims, dropout, item_major_first=True)
-
-    def forward(self, x: Tensor | Clicks) -> Tensor:
-        """[n_users, q_dims[-1]]: mu and logvar side by side, or MultiDAE's latent; x [n_users, n_items]."""
-        n_layers = len(self.q_layers)
-        h = self._first(x, tanh=n_layers > 1 or self.tanh_last)
-        for n in range(1, n_layers):
-            h = _dropout(self, h, self.q_layers.dropout[n])
-            h = linear(self.q_layers.layer(n), h, tanh=n < n_layers - 1 or self.tanh_last)
-        return h
-
-    def _first(self, x: Tensor | Clicks, tanh: bool) -> Tensor:
-        layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
-        if isinstance(x, Clicks) and not is_only(layer, nn.Linear):
-            x = x.to_dense().to(_dtype(self))
-        if isinstance(x, Clicks):
-            active = self.training and dropout > 0
-            seed = self.draw_seed(x.device) if active else None
-            return sparse_linear(
-                x,
-                layer.weight,
-                layer.bias,
-                dropout=dropout if active else 0.0,
-                seed=seed,
-                tanh=tanh,
-                tanh_input=self.tanh_after_dropout,
-            )
-        h = _dropout(self, F.normalize(x, dim=1), dropout)
-        h = layer(h)
-        return torch.tanh(h) if tanh else h
-
-
-class Decoder(Drawing):
-    """z to logits, or to the last hidden layer, which the loss takes."""
-
-    def __init__(self, p_dims, dropout, tanh_after_dropout: bool):
-        super().__init__()
-        self.tanh_after_dropout = tanh_after_dropout
-        self.p_layers = _Stack(p_dims, dropout, item_major_first=False)
-
-    def hidden(self, z: Tensor) -> Tensor:
-        """Input of the last layer [n_users, n_hidden]."""
-        last = len(self.p_layers) - 1
-        for n in range(last):
-            z = linear(
-                self.p_layers.layer(n), _dropout(self, z, self.p_layers.dropout[n]), tanh=True
-            )
-        return _dropout(self, z, self.p_layers.dropout[last])
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Logits [n_users, n_items] of z [n_users, n_latent]."""
-        return self.output(self.hidden(z))
-
-    @property
-    def output(self) -> nn.Linear:
-        """The last layer, hidden to items."""
-        return self.p_layers.layer(len(self.p_layers) - 1)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
-    return next(floats, torch.float32)
-
-
-def _dropout(module: Encoder | Decoder, h: Tensor, dropout: float) -> Tensor:
-    if dropout > 0 and module.training:  # with nothing to drop the call alone takes its time
-        h = module.drop(h, dropout)
-    return torch.tanh(h) if module.tanh_after_dropout else h
+_ARGUMENTS = (
+    "p_dims", "dropout_enc", "dropout_dec", "q_dims",
+    "tanh_after_dropout", "normalize_input", "activation",
+)  # fmt: skip
 
 
 class _MultiModel(Drawing):
@@ -164,6 +45,8 @@ class _MultiModel(Drawing):
         dropout_dec: Sequence[float] | None = None,
         q_dims: Sequence[int] | None = None,
         tanh_after_dropout: bool = False,
+        normalize_input: bool = True,
+        activation: str = "tanh",
     ):
         super().__init__()
         name = type(self).__name__
@@ -173,14 +56,17 @@ class _MultiModel(Drawing):
         dec = check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
         self.dropout_enc, self.dropout_dec = enc, dec
         self.tanh_after_dropout = tanh_after_dropout
+        self.normalize_input = check_flag(name, "normalize_input", normalize_input)
+        self.activation = check_choice(name, "activation", activation, tuple(ACTIVATIONS))
         out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if self.two_heads else q_dims
-        self.encode = Encoder(out_dims, enc, not self.two_heads, tanh_after_dropout)
-        self.decode = Decoder(p_dims, dec, tanh_after_dropout)
+        self.encode = Encoder(
+            out_dims, enc, not self.two_heads, tanh_after_dropout, normalize_input, activation
+        )
+        self.decode = Decoder(p_dims, dec, tanh_after_dropout, activation)
 
     def config(self) -> dict:
         """The constructor's arguments, for a checkpoint; JSON values only."""
-        names = ("p_dims", "dropout_enc", "dropout_dec", "q_dims", "tanh_after_dropout")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def latent(self, x: Tensor | Clicks) -> tuple[Tensor, Tensor | None]:
         """z, and the kld of each user [n_users] or None for a model without."""
@@ -253,6 +139,8 @@ class MultiVAE(_MultiModel):
     q_dims       encoder widths, n_items first; default p_dims reversed
     tanh_after_dropout  apply tanh also after every dropout (but the last layer's output stays as it is), a quirk of one
                  public implementation whose checkpoints need it
+    normalize_input  divide a user's row by its L2 norm first, as the paper does
+    activation   "tanh", as the paper, or "relu": of every layer but those that give mu, logvar and the logits
     Raises: ValueError where dims or dropouts do not fit.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.1 to 2.3.
     """
@@ -395,4 +283,4 @@ def _check_input(model: _MultiModel, x: Tensor | Clicks) -> Tensor | Clicks:
     if isinstance(x, Tensor) and x.is_complex():
         raise TypeError(f"{name}: x must be real, got {dtype_name(x.dtype)}")
     # integers, truth values, and float64, which numpy makes of everything
-    return x.to(_dtype(model)) if isinstance(x, Tensor) else x
+    return x.to(dtype_of(model)) if isinstance(x, Tensor) else x

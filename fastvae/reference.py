@@ -128,11 +128,21 @@ class MultiVAE(nn.Module):
 
     p_dims   latent, hidden widths, n_items; the encoder mirrors it
     dropout  probability to drop an input click, after the L2 norm
+    normalize_input, activation  as fastvae.MultiVAE
     """
 
-    def __init__(self, p_dims: list[int], dropout: float = 0.5, two_heads: bool = True):
+    def __init__(
+        self,
+        p_dims: list[int],
+        dropout: float = 0.5,
+        two_heads: bool = True,
+        normalize_input: bool = True,
+        activation: str = "tanh",
+    ):
         super().__init__()
         self.dropout, self.two_heads = dropout, two_heads
+        self.normalize_input = normalize_input
+        self.act = {"tanh": torch.tanh, "relu": torch.relu}[activation]
         q_dims = [*p_dims[:0:-1], (1 + two_heads) * p_dims[0]]
         q_layers, p_layers = _linears(q_dims), _linears(p_dims)
         self.encode = nn.ModuleDict({"q_layers": q_layers})
@@ -146,15 +156,13 @@ class MultiVAE(nn.Module):
         if keep is None and dropout > 0:
             keep = torch.rand_like(x) >= dropout
         first, *others = self.encoder
-        last_is_tanh = not self.two_heads
         h = sparse_linear(
-            x, first.weight, first.bias, keep, dropout, tanh=bool(others) or last_is_tanh
+            x, first.weight, first.bias, keep, dropout, self.normalize_input, tanh=False
         )
         for layer in others:
-            h = layer(h)
-            h = torch.tanh(h) if layer is not others[-1] or last_is_tanh else h
+            h = layer(self.act(h))
         if not self.two_heads:
-            return h, None, None
+            return self.act(h), None, None
         mu, logvar = h.chunk(2, dim=1)
         if not self.training:
             return mu, mu, logvar
@@ -165,7 +173,7 @@ class MultiVAE(nn.Module):
         """Decoder output [n_users, n_items]."""
         *hidden, last = self.decoder
         for layer in hidden:
-            z = torch.tanh(layer(z))
+            z = self.act(layer(z))
         return last(z)
 
     def forward(self, x: Tensor, keep: Tensor | None = None, noise: Tensor | None = None):

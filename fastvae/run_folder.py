@@ -106,7 +106,8 @@ class RunFolder:
                     f"fit: run_dir must hold a run to resume, got {self.path} without {name}; "
                     "train without resume, in a new folder"
                 )
-        then = read_config(self.path)
+        # runs of older versions do not say what they could not choose
+        then = {"normalize_input": True, "activation": "tanh"} | read_config(self.path)
         for name, value in self.config.items():
             if then.get(name) == value:
                 continue

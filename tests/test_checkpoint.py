@@ -303,6 +303,23 @@ def test_a_bare_state_dict_is_read_with_the_quirk_that_is_asked_for(tmp_path):
         assert torch.equal(loaded(x)[0], quirky(x)[0]) is quirk
 
 
+@pytest.mark.parametrize("options", [{"normalize_input": False}, {"activation": "relu"}])
+def test_the_models_options_come_back(tmp_path, options):
+    net = MultiDAE([2, 4, 5], **options).eval()
+    write_checkpoint(tmp_path / "m.pt", net)
+    loaded, _ = load_model(tmp_path / "m.pt")
+    x = random_clicks([2, 3], 5)
+    assert loaded.config() == net.config() and torch.equal(loaded(x), net(x))
+
+
+def test_a_checkpoint_from_before_the_options_is_read_as_it_was(tmp_path):
+    config = {
+        k: v for k, v in model().config().items() if k not in ("normalize_input", "activation")
+    }
+    torch.save({"meta": meta(config=config), "model": model().state_dict()}, tmp_path / "m.pt")
+    assert load_model(tmp_path / "m.pt")[0].config() == model().config()
+
+
 def test_layers_are_counted_as_numbers(tmp_path):
     deep = MultiDAE([2, *range(3, 15), 5])
     torch.save(deep.state_dict(), tmp_path / "m.pt")

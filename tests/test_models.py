@@ -23,11 +23,20 @@ KEYS = [
 ]  # fmt: skip
 
 
-def pair(p_dims, two_heads=True, dtype=torch.float32, seed=0):
+# what code bases differ in, each alone and both together
+OPTIONS = [
+    pytest.param({}, id="paper"),
+    pytest.param({"normalize_input": False}, id="counts"),
+    pytest.param({"activation": "relu"}, id="relu"),
+    pytest.param({"normalize_input": False, "activation": "relu"}, id="counts-relu"),
+]
+
+
+def pair(p_dims, two_heads=True, dtype=torch.float32, seed=0, **options):
     """A model and the dense reference model with the same weights."""
     torch.manual_seed(seed)
-    model = (MultiVAE if two_heads else MultiDAE)(p_dims).to(dtype)
-    dense = reference.MultiVAE(p_dims, two_heads=two_heads).to(dtype)
+    model = (MultiVAE if two_heads else MultiDAE)(p_dims, **options).to(dtype)
+    dense = reference.MultiVAE(p_dims, two_heads=two_heads, **options).to(dtype)
     dense.load_state_dict(model.state_dict())
     return model, dense
 
@@ -120,8 +129,9 @@ def test_initial_weights(make):
 @pytest.mark.parametrize(
     "p_dims", [[4, 9], [4, 6, 9], [4, 5, 6, 9]], ids=["no-hidden", "one", "two"]
 )
-def test_clicks_and_dense_give_the_same_logits_as_the_reference(make, p_dims):
-    model, dense = pair(p_dims, make is MultiVAE)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_clicks_and_dense_give_the_same_logits_as_the_reference(make, p_dims, options):
+    model, dense = pair(p_dims, make is MultiVAE, **options)
     clicks = random_clicks([3, 0, 9], 9, counts=True)
     model.eval(), dense.eval()
     outputs = [
@@ -136,8 +146,9 @@ def test_clicks_and_dense_give_the_same_logits_as_the_reference(make, p_dims):
 @pytest.mark.parametrize(
     "p_dims", [[4, 9], [4, 6, 9], [4, 5, 6, 9]], ids=["no-hidden", "one", "two"]
 )
-def test_loss_and_every_gradient_equal_the_reference(make, p_dims):
-    model, dense = pair(p_dims, make is MultiVAE)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_loss_and_every_gradient_equal_the_reference(make, p_dims, options):
+    model, dense = pair(p_dims, make is MultiVAE, **options)
     truth = copy.deepcopy(dense).double()
     clicks = random_clicks([3, 0, 9, 5], 9, counts=True).rows([3, 1, 0, 3, 2])
     losses = []
@@ -476,6 +487,20 @@ def test_bf16_autocast_is_close_and_finite():
 def test_bad_widths_and_dropouts_are_named(arguments, message):
     with pytest.raises((ValueError, TypeError)) as caught:
         MultiVAE(*arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "elu"}, "MultiVAE: activation must be one of tanh, relu, got 'elu'"),
+        ({"activation": None}, "MultiVAE: activation must be one of tanh, relu, got None"),
+        ({"normalize_input": "no"}, "MultiVAE: normalize_input must be True or False, got 'no'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        MultiVAE([4, 6, 9], **options)
     assert str(caught.value) == message
 
 

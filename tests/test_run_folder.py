@@ -163,6 +163,20 @@ def test_resume_with_other_settings_or_nothing_to_resume_is_refused(tmp_path):
     assert str(caught.value) == "fit: per_click must be False as in the run to resume, got True"
 
 
+def test_a_run_from_before_a_models_options_is_resumed_with_what_was_the_only_way(tmp_path):
+    train, _ = learnable()
+    fit(model(), train, epochs=1, run_dir=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["normalize_input"], config["activation"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        relu = MultiVAE([8, 16, N_ITEMS], activation="relu")
+        fit(relu, train, epochs=2, run_dir=tmp_path / "run", resume=True)
+    assert str(caught.value) == "fit: activation must be tanh as in the run to resume, got relu"
+    result = fit(model(), train, epochs=2, run_dir=tmp_path / "run", resume=True)
+    assert len(result.history) == 2
+
+
 def test_a_run_of_the_older_words_for_per_click_is_resumed_by_it(tmp_path):
     train, _ = learnable()
     with pytest.warns(DeprecationWarning, match="fit: normalize must become per_click=True"):
