@@ -603,3 +603,73 @@ def test_a_batch_without_users():
     assert loss.item() == 0.0
     for x in (random_clicks([], 9), torch.zeros(0, 9)):
         assert vae_loss_fn(x, *model(x), 0.1).item() == 0.0
+
+
+@pytest.fixture
+def alone():
+    """torch.distributed with this process only."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def row_by_row(model):
+    first = model.encode.q_layers.linear_0
+    first.weight = nn.Parameter(first.weight.detach().contiguous())
+    return model
+
+
+def test_what_flattens_weights_refuses_the_first_unless_it_is_row_by_row(alone):
+    from torch.distributed.fsdp import fully_shard
+
+    def flattened(model):
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    def by_lbfgs(model):
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model.loss(clicks)
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    clicks = random_clicks([3, 1, 5], 9)
+    for use, words in (
+        (flattened, "view size"), (by_lbfgs, "view size"), (fully_shard, "non-contiguous"),
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, NotImplementedError), match=words):
+            use(MultiVAE([4, 6, 9]))
+        use(row_by_row(MultiVAE([4, 6, 9])))
+    sharded = fully_shard(row_by_row(MultiVAE([4, 6, 9]).eval()))
+    whole = MultiVAE([4, 6, 9]).eval()
+    whole.load_state_dict({key: t.full_tensor() for key, t in sharded.state_dict().items()})
+    torch.testing.assert_close(sharded(clicks, beta=0.2), whole.loss(clicks, beta=0.2))
+
+
+def test_hooks_of_the_model_itself_run_where_it_is_called():
+    calls, model, clicks = [], MultiVAE([4, 6, 9]), random_clicks([3, 1], 9)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model.loss(clicks)
+    assert calls == []
+    model(clicks, beta=0.2)
+    model(clicks)
+    assert calls == [1, 1]
+
+
+def test_safetensors_takes_the_model_or_a_row_by_row_state_dict(tmp_path):
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="safetensors is not installed: pip install safetensors"
+    )
+    model, again = MultiVAE([4, 6, 9]), MultiVAE([4, 6, 9])
+    with pytest.raises(ValueError, match="non contiguous"):
+        safetensors.save_file(model.state_dict(), tmp_path / "a")
+    safetensors.save_model(model, tmp_path / "a")
+    safetensors.load_model(again, tmp_path / "a")
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    assert again.encode.q_layers.linear_0.weight.t().is_contiguous()
