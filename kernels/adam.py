@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .launch import launch
 
 MAX_TENSORS = 16  # of one launch: a program picks its tensor's pointers one comparison at a time
 
@@ -192,7 +193,8 @@ def adam(
             rows = [_quads_of(w, g) for w, g in zip(weights[part], grads[part], strict=True)]
             # triton.cdiv takes 4 us a call on the host
             grid = (sum(-(-n // block) for n in numels),)
-            _adam_kernel[grid](
+            launch(
+                _adam_kernel, grid,
                 tuple(grads[part]), lr_ptr,
                 tuple(weights[part]), tuple(exp_avgs[part]), tuple(exp_avg_sqs[part]), tuple(steps[part]),
                 None if shadows is None else tuple(shadows[part]),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import tiles
 from .csr import Csr, click_values, row_clicks, row_sum
+from .launch import launch
 from .products import mm, stored_width
 
 N_PROBE = 1024  # items whose largest logit is taken for k
@@ -280,7 +281,8 @@ def exp_gemm(
         torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for shape in ((width,), (2 * n_users + 1,), (n_users, n_tiles_i))
     )
-    _prepare_kernel[(n_users + tiles.cdiv(width, N_PROBE),)](
+    launch(
+        _prepare_kernel, (n_users + tiles.cdiv(width, N_PROBE),),
         probe, bias,
         k, wide_bias,
         n_users, n_items, probe.shape[1], step, width,
@@ -292,7 +294,8 @@ def exp_gemm(
         (_exp_gemm_kernel, n_tiles),
         (_exp_gemm_raised_kernel, min(n_tiles, RAISED_PROGRAMS)),
     ):
-        kernel[(n_programs,)](
+        launch(
+            kernel, (n_programs,),
             hidden, weight, wide_bias, k,
             e, sums,
             n_users, n_items, n_tiles_i,
@@ -301,7 +304,8 @@ def exp_gemm(
             PRECISION="tf32" if kind == "tf32" else "ieee",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    _clicks_kernel[(n_users,)](
+    launch(
+        _clicks_kernel, (n_users,),
         hidden, weight, bias, k, sums,
         *csr,
         e,

@@ -31,6 +31,7 @@ from torch import Tensor
 from . import tiles
 from .csr import Csr, check_rows, click_values, row_clicks, row_sum
 from .exp_gemm import LOWEST, exp_gemm, store_results
+from .launch import launch
 from .products import cast_weight, mm, pieces, stored_width
 
 __all__ = [
@@ -204,7 +205,8 @@ def _product_rows(
         d[:, n_items:].zero_()
     tile = tiles.of(hidden.device).exp_row
     indptr, indices, values, rows = csr
-    _exp_row_kernel[(hidden.shape[0],)](
+    launch(
+        _exp_row_kernel, (hidden.shape[0],),
         d,
         bias, indptr, indices, values, rows,
         results,
@@ -222,7 +224,8 @@ def _scale_hidden(
     scaled = torch.empty(n_users, width, dtype=dtype, device=hidden.device)
     factor = torch.empty(n_users, dtype=torch.float32, device=hidden.device)
     with tiles.device_guard(hidden):
-        _scale_hidden_kernel[(n_users,)](
+        launch(
+            _scale_hidden_kernel, (n_users,),
             hidden, dnll, v,
             scaled, factor,
             dnll.stride(0),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import tiles
 from .csr import Csr, check_rows, click_values, row_clicks, row_sum
+from .launch import launch
 
 # start of a running maximum: unlike -inf it gives no NaN in differences
 LOWEST = tl.constexpr(-3.4e38)
@@ -185,11 +186,13 @@ def multinomial_nll_fwd(
     with tiles.device_guard(logits):
         if n_splits > 1:
             parts = torch.empty(n_users, n_splits, 2, dtype=torch.float32, device=logits.device)
-            _multinomial_nll_split_kernel[(n_users, n_splits)](
+            launch(
+                _multinomial_nll_split_kernel, (n_users, n_splits),
                 logits, parts, n_items, logits.stride(0),
                 ALIGN=align, SPLIT_I=tile.split_i, BLOCK_I=tile.block_i, num_warps=tile.num_warps,
             )  # fmt: skip
-        _multinomial_nll_fwd_kernel[(n_users,)](
+        launch(
+            _multinomial_nll_fwd_kernel, (n_users,),
             logits, parts, *csr,
             nll, lse,
             n_items, n_splits,
@@ -224,7 +227,8 @@ def multinomial_nll_bwd(
     if dlogits.numel() == 0:
         return dlogits
     with tiles.device_guard(logits):
-        _multinomial_nll_bwd_kernel[(n_users * tiles.cdiv(n_items, tile.split_i),)](
+        launch(
+            _multinomial_nll_bwd_kernel, (n_users * tiles.cdiv(n_items, tile.split_i),),
             logits, lse, dnll, *csr,
             dlogits,
             n_items,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .launch import launch
 
 MAX_BLOCK_D = 1024  # latents that a program reads at once; more go round a loop
 
@@ -103,7 +104,8 @@ def sample_latent_fwd(encoded: Tensor, noise: Tensor | None) -> tuple[Tensor, Te
     if n_users > 0:
         block_d, num_warps = block_of(n_latent)
         with tiles.device_guard(encoded):
-            _sample_latent_fwd_kernel[(n_users,)](
+            launch(
+                _sample_latent_fwd_kernel, (n_users,),
                 encoded, noise,
                 z, kld,
                 N_LATENT=n_latent, BLOCK_D=block_d, num_warps=num_warps,
@@ -126,7 +128,8 @@ def sample_latent_bwd(
     if dencoded.numel() > 0:
         block_d, num_warps = block_of(n_latent)
         with tiles.device_guard(encoded):
-            _sample_latent_bwd_kernel[(n_users, tiles.cdiv(n_latent, block_d))](
+            launch(
+                _sample_latent_bwd_kernel, (n_users, tiles.cdiv(n_latent, block_d)),
                 encoded, noise, dz, dkld,
                 dencoded,
                 0 if dkld is None else dkld.stride(0),

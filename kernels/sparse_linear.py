@@ -31,6 +31,7 @@ from .kept_clicks import (
     row_and_features,
     tanh_of,
 )
+from .launch import launch
 
 SMALLEST = tl.constexpr(1.2e-38)  # normal fp32 number that stands for an empty row's squared norm
 
@@ -249,7 +250,8 @@ def sparse_linear_fwd(
     seed, drop_below, keep_scale = dropout_arguments(seed, dropout)
     indptr, _, _, rows = csr
     with tiles.device_guard(weight):
-        _sparse_linear_fwd_kernel[(n_users * n_blocks, tile.n_splits)](
+        launch(
+            _sparse_linear_fwd_kernel, (n_users * n_blocks, tile.n_splits),
             *csr, weight, seed,
             parts, scale,
             drop_below, keep_scale,
@@ -257,7 +259,8 @@ def sparse_linear_fwd(
             SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
         block_d, num_warps = finish_cut(n_hidden)
-        _sparse_linear_finish_kernel[(n_users * tiles.cdiv(n_hidden, block_d),)](
+        launch(
+            _sparse_linear_finish_kernel, (n_users * tiles.cdiv(n_hidden, block_d),),
             indptr, rows, parts, bias,
             y,
             TANH=tanh, N_HIDDEN=n_hidden, N_SPLITS=tile.n_splits, SPLIT_NNZ=tile.split_nnz,
@@ -298,7 +301,8 @@ def sparse_linear_bwd_weight(
         if not ordered:
             tile = tile or table.sparse_backward_tile(n_users)
             block_d, _, num_warps = cut_features(tile, n_hidden)
-            _sparse_linear_bwd_weight_kernel[(n_users, tile.n_splits)](
+            launch(
+                _sparse_linear_bwd_weight_kernel, (n_users, tile.n_splits),
                 *csr, dpre, seed, scale,
                 dweight,
                 drop_below,
@@ -310,13 +314,15 @@ def sparse_linear_bwd_weight(
         n_words = tiles.cdiv(n_users, 32)
         marks = torch.zeros(n_items, n_words, dtype=torch.int32, device=dpre.device)
         indptr, indices, _, rows = csr
-        _mark_clicks_kernel[(n_users,)](
+        launch(
+            _mark_clicks_kernel, (n_users,),
             indptr, indices, rows, seed,
             marks,
             drop_below, n_words,
             BLOCK_NNZ=tiles.CLICKS_PER_BLOCK, num_warps=4,
         )  # fmt: skip
-        _sparse_linear_bwd_weight_ordered_kernel[(n_items * n_blocks,)](
+        launch(
+            _sparse_linear_bwd_weight_ordered_kernel, (n_items * n_blocks,),
             *csr, dpre, scale, marks,
             dweight,
             n_words,

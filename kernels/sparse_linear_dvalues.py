@@ -23,6 +23,7 @@ from .kept_clicks import (
     programs_of,
     tanh_of,
 )
+from .launch import launch
 from .sparse_linear import SMALLEST
 
 
@@ -134,7 +135,8 @@ def sparse_linear_bwd_values(
         dpre, scale = dpre[order], scale[order]
     seed, drop_below, _ = dropout_arguments(seed, dropout)
     with tiles.device_guard(dpre):
-        _click_products_kernel[(n_users, tile.n_splits)](
+        launch(
+            _click_products_kernel, (n_users, tile.n_splits),
             indptr, indices, rows, weight, dpre, seed,
             dvalues,
             drop_below,
@@ -142,7 +144,8 @@ def sparse_linear_bwd_values(
             N_HIDDEN=n_hidden,
             SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
-        _sparse_linear_bwd_values_kernel[(n_users,)](
+        launch(
+            _sparse_linear_bwd_values_kernel, (n_users,),
             indptr, values, rows, scale,
             dvalues,
             NORMALIZE=normalize, TANH_INPUT=tanh_input, BLOCK_NNZ=tiles.CLICKS_PER_BLOCK, num_warps=4,

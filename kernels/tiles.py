@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .launch import compiled_for
+
 MANY_USERS = 2048  # from here on the widest GEMM tile still fills every multiprocessor
 
 
@@ -223,19 +225,23 @@ def next_power_of_2(n: int) -> int:
 
 
 def chip_of(device: torch.device) -> str:
-    """Row of the table for a device."""
+    """Row of the table for a device; for torch's meta device the one that is compiled for."""
+    if device.type == "meta":
+        chip = compiled_for()
+        assert chip is not None, "meta tensors are for launch.compiling"
+        return chip
     return "interpreter" if device.type == "cpu" else _gpu_chip(device.index)
 
 
 @functools.cache
 def _gpu_chip(index: int | None) -> str:
-    if torch.version.hip:
-        return "gfx942"
+    return "gfx942" if torch.version.hip else row_of(torch.cuda.get_device_capability(index)[0])
+
+
+def row_of(major: int) -> str:
+    """Row of the table for a CUDA card of this compute capability."""
     # 12 is the consumer generation after 10: the older instructions and half the shared memory
-    major = torch.cuda.get_device_capability(index)[0]
-    if major < 8:
-        return "sm_75"
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    return "sm_75" if major < 8 else {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
 def product_kind(dtype: torch.dtype, allow_tf32: bool) -> str:
