@@ -1,12 +1,14 @@
 """Quality on real data: NDCG@100 of fit() beside the dense reference model, and memory of an epoch.
 
     python -m bench quality ml100k | ml10m | gowalla | scale | seconds [--into FILE]     all but scale need FASTVAE_DATA
+    python -m bench quality defaults    hours; stopped, it goes on where it was. See quality_defaults.py
 
 seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before.
 Each writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as
 <name>.npz, each the CSR arrays indptr, indices, shape: ml100k_ge4 (MovieLens-100K, ratings of 4 and 5, users with 5
 items), ml10m_fastvae (MovieLens-10M likewise, 60,655 x 8,641 with 2,105,971 clicks), gowalla (29,858 x 40,988 check-
-ins). None of them may be redistributed, so none is part of the project.
+ins), anime_caserec (4,567 x 7,390), amazon_book_kgat (70,595 x 24,915). None of them may be redistributed, so none is
+part of the project.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 
 from bench.machine import RESULTS, add, describe, write
 from bench.memory import peak_mib
+from bench.quality_defaults import defaults
 from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, recommend, reference
 from fastvae.synthetic import synthetic_clicks
 from fastvae.train import beta_at, epoch_order
@@ -220,9 +223,12 @@ STUDIES = {
 def main(arguments: list[str]) -> None:
     """Run one study and write its JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*STUDIES, "defaults"])
     parser.add_argument("--into", type=Path, help="the file to write")
     options = parser.parse_args(arguments)
+    if options.study == "defaults":
+        defaults(load, options.into or RESULTS / "quality_defaults.json")
+        return
     result = STUDIES[options.study]()
     if options.into:
         add(options.into, options.study, result)

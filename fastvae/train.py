@@ -23,6 +23,7 @@ from ._checks import (
     check_number,
     check_pair,
     check_per_click,
+    shown,
 )
 from ._interrupt import held_interrupt
 from .clicks import Clicks
@@ -31,7 +32,7 @@ from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import RunFolder
 from .step import check_gradients, check_trainable, precisions, wants_graph
-from .trainer import FitResult, Settings, Trainer, beta_at, epoch_order
+from .trainer import FitResult, OnEpoch, Settings, Trainer, beta_at, epoch_order
 
 __all__ = ["FitResult", "beta_at", "epoch_order", "fit"]
 
@@ -55,6 +56,7 @@ def fit(
     items: Sequence[str] | None = None,
     progress: bool = False,
     cuda_graph: bool | None = None,
+    on_epoch: OnEpoch | None = None,
     normalize: str | None = None,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
@@ -80,6 +82,9 @@ def fit(
     normalize   older words for per_click, see model.loss
     cuda_graph  None: on a GPU replay one captured graph per full batch, after three eager steps; False: eager steps;
                 True: as None, but refuse a CPU. Where a capture fails, eager steps go on, with a warning
+    on_epoch    called with a copy of each epoch's row of metrics.jsonl, once last.pt is written; True ends the training as
+                if patience were out. What it raises leaves fit, the model as after this epoch; resume goes on from
+                there. A resumed run calls it for the epochs that it trains itself
 
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
@@ -103,10 +108,7 @@ def fit(
     wants_graph("fit", cuda_graph, device)
     _check_data(model, train, validation)
     items = None if items is None else check_ids("fit", "items", items, model.n_items)
-    if patience is not None:
-        check_integer("fit", "patience", patience, 1)
-        if validation is None:
-            raise ValueError(f"fit: patience must be None without validation, got {patience}")
+    _check_end(patience, validation, on_epoch)
     train = train.to(device)
     if resume and run_dir is None:
         raise ValueError("fit: run_dir must be given to resume, got None")
@@ -120,7 +122,7 @@ def fit(
         if resume:
             trainer.restore()
         with ProgressBar(progress, epochs, train.n_users) as bar, held_interrupt() as interrupted:
-            trainer.run_epochs(epochs, patience, bar, interrupted)
+            trainer.run_epochs(epochs, patience, bar, interrupted, on_epoch)
         trainer.finish()
     return trainer.result
 
@@ -131,6 +133,16 @@ def _check_data(model, train, validation) -> None:
         raise ValueError("fit: train must have at least one user, got 0")
     if validation is not None:
         check_pair("fit", "validation", validation, model.n_items)
+
+
+def _check_end(patience, validation, on_epoch) -> None:
+    """What may end the training before its last epoch."""
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
+    if patience is not None:
+        check_integer("fit", "patience", patience, 1)
+        if validation is None:
+            raise ValueError(f"fit: patience must be None without validation, got {patience}")
 
 
 def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
 from .step import GraphedStep, NotFiniteLoss
 
+OnEpoch = Callable[[dict[str, Any]], Any]
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
 
 
@@ -75,6 +77,11 @@ class Settings:
         return settings | {"normalize": older}
 
 
+def _is_true(answer: Any) -> bool:
+    """Whether a callback asks to stop; one that returns a list, a number or nothing does not."""
+    return isinstance(answer, bool | np.bool_) and bool(answer)
+
+
 class Trainer:
     """The state of a run: model, optimiser, position, best epoch."""
 
@@ -99,8 +106,16 @@ class Trainer:
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
 
-    def run_epochs(self, epochs: int, patience: int | None, bar: ProgressBar, interrupted) -> None:
-        """Train until epochs are done or patience is out; KeyboardInterrupt, with last.pt written, once interrupted() is true."""
+    def run_epochs(
+        self,
+        epochs: int,
+        patience: int | None,
+        bar: ProgressBar,
+        interrupted: Callable[[], bool],
+        on_epoch: OnEpoch | None = None,
+    ) -> None:
+        """Train until epochs are done, patience is out or on_epoch says so; KeyboardInterrupt, with last.pt written, once
+        interrupted() is true."""
         if self.epoch >= epochs > 0:
             bar.idle(f"the run has {self.epoch} epochs, asked for are {epochs}")
         elif self._out_of_patience(patience):
@@ -110,7 +125,11 @@ class Trainer:
             self.save_last()
             if not whole or interrupted():
                 raise KeyboardInterrupt(interrupt_message(self.run, self.epoch, self.batch))
-            bar.epoch_done(self.result.history[-1], self.result.best_epoch == self.epoch)
+            row = self.result.history[-1]
+            bar.epoch_done(row, self.result.best_epoch == self.epoch)
+            # after last.pt: whatever the callback raises, the run can be resumed
+            if on_epoch is not None and _is_true(on_epoch(dict(row))):
+                return
 
     def _out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.result.best_epoch >= patience
