@@ -39,15 +39,15 @@ class Case:
 
 CASES = {
     "ml100k": Case("ml100k_ge4", None, 3, 100, 20),
-    "anime": Case("anime_caserec", None, 1, 60, 8),
-    "gowalla-10k": Case("gowalla", 10_000, 1, 30, 4),
-    "ml10m-10k": Case("ml10m_fastvae", 10_000, 1, 40, 5),
-    "amazon-20k": Case("amazon_book_kgat", 20_000, 1, 30, 4),
+    "anime": Case("anime_caserec", None, 1, 40, 6),
+    "gowalla-5k": Case("gowalla", 5_000, 1, 30, 4),
+    "ml10m-5k": Case("ml10m_fastvae", 5_000, 1, 40, 5),
+    "amazon-10k": Case("amazon_book_kgat", 10_000, 1, 30, 4),
     "ml10m": Case("ml10m_fastvae", None, 1, 30, 3),
     "gowalla": Case("gowalla", None, 1, 20, 3),
     "amazon": Case("amazon_book_kgat", None, 1, 20, 3),
 }
-SAMPLED = ("ml100k", "anime", "gowalla-10k", "ml10m-10k", "amazon-20k")
+SAMPLED = ("ml100k", "anime", "gowalla-5k", "ml10m-5k", "amazon-10k")
 # batch size, and the share of the planned updates after which beta is at the cap; None: the paper's schedule
 GRID: tuple[tuple[int, float | None], ...] = (
     (100, 0.2), (500, 0.2), (200, 0.2), (500, None), (100, 0.0), (50, 0.2),
