@@ -19,6 +19,7 @@ KINDS = (
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {
     "checkpoint.py": "checkpoint: {path} must be ..., got ... ({reason})",
+    "convert.py": "checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})",
     "dataset_folder.py": "dataset: {file} must be a file of a dataset folder, got ...",
     "train.py": "fit: {path} must hold the state of this run, got another file ({reason})",
     "event_table.py": "events: file must be a well-formed table, got {file}: ...",
@@ -37,6 +38,7 @@ CAUSES = {
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",
     "checkpoint.py": "Checkpoints",
+    "convert.py": "Weights of other code",
     "evaluate.py": "Evaluation",
     "metrics.py": "Metrics",
     "baselines.py": "Baselines",

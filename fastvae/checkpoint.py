@@ -2,7 +2,7 @@
 
     {"meta": JSON text (format, model, config, items), "model": state_dict, ...what a resume needs}
 
-A plain state_dict of other Mult-VAE code with the same keys is read too; its model is inferred from the shapes.
+A plain state_dict is read too, of ours or of other Mult-VAE code: see convert.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_ids
+from ._checks import check_choice, check_flag, check_ids
 from ._files import replacing
+from ._layers import ACTIVATIONS
+from .convert import converted, is_npz, line_to_save, read_npz
 from .models import MultiDAE, MultiVAE
 
 FORMAT = 1
-_WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")
+# what torch.load with weights_only says of code that a pickle would run
+_CODE = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 _MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
 
 
@@ -58,7 +62,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parts of a checkpoint on the CPU, with "meta" as a dictionary; {"model": ...} alone for a plain state_dict.
+    """The parts of a checkpoint on the CPU, with "meta" as a dictionary; {"model": ...} alone for plain weights.
 
     Raises: ValueError for a file that is no checkpoint, is damaged, would run code, or has another format.
     """
@@ -68,16 +72,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: path must be a file, got {path}; fastvae train writes best.pt into its run folder"
         )
     try:
-        _check_archive(path)
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        _check_size(parts, path.stat().st_size)
+        parts = _read(path)
     except Exception as error:  # whatever a foreign file provokes, it is refused in one sentence
+        _refuse_pickled(path, error)
         raise ValueError(
             f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
         ) from error
+    if isinstance(parts, Mapping) and "meta" not in parts and "state_dict" in parts:
+        parts = parts["state_dict"]  # with the optimiser's beside it, as trainers save
     if _is_state_dict(parts):
-        # DistributedDataParallel, DataParallel and torch.compile put their own name in front
-        return {"model": {_WRAPPED.sub("", key): value for key, value in parts.items()}}
+        return {"model": dict(parts)}
     if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
         got = f"the keys {', '.join(map(repr, parts))}"[:120] if isinstance(parts, dict) else "none"
         raise ValueError(
@@ -95,20 +99,51 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return parts | {"meta": meta}
 
 
+def _read(path: Path) -> Any:
+    _check_archive(path)
+    if is_npz(path):
+        parts: Any = read_npz(path)
+    else:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+    _check_size(parts, path.stat().st_size)
+    return parts
+
+
+def _refuse_pickled(path: Path, error: Exception) -> None:
+    """Of an object of other code, say how its weights are had; a pickle that names the system's is left unnamed."""
+    code = _CODE.search(str(error))
+    module = code[1].split(".")[0] if code else "builtins"
+    if code and module not in sys.stdlib_module_names:
+        raise ValueError(
+            f"checkpoint: {path} must hold tensors and JSON, got a pickle of {code[1][:80]}, which would run code; "
+            f"where you trust it and have that code, run: {line_to_save(path, module)}"
+        ) from error
+
+
 def load_model(
-    path: str | os.PathLike[str], tanh_after_dropout: bool = False
+    path: str | os.PathLike[str],
+    tanh_after_dropout: bool = False,
+    *,
+    activation: str | None = None,
+    normalize_input: bool | None = None,
+    verbose: bool = False,
 ) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
     """A model in eval mode on the CPU, and the external ids of its items where the file holds them.
 
-    path                a checkpoint of fit(), or torch.save(model.state_dict()) of other code with the same keys
-    tanh_after_dropout  for a plain state_dict only: see MultiVAE
+    path     a checkpoint of fit(); or plain weights: torch.save(model.state_dict()) of ours, RecoTour, vae-cf-pytorch,
+             RecBole, rectorch, Cornac, WarpRec, RePlay or RecPack, an .npz of the paper's TensorFlow code
+    tanh_after_dropout, activation, normalize_input
+             for plain weights only, whose file does not say: see MultiVAE; None is what that code computes
+    verbose  say on stderr what plain weights were recognised as
     Raises: ValueError where the file is no such thing.
     """
     parts = read_checkpoint(path)
     weights, meta = parts["model"], parts.get("meta")
+    _check_options(activation, normalize_input)
     try:
         if meta is None:
-            model = _infer(weights, tanh_after_dropout)
+            other = converted(weights, tanh_after_dropout, activation, normalize_input)
+            model, weights = other.model, other.weights
         else:
             if 2 * sum(len(meta["config"][dims]) - 1 for dims in ("p_dims", "q_dims")) != len(
                 weights
@@ -120,18 +155,27 @@ def load_model(
             raise ValueError("weights that are no floating point numbers")
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         if shapes != (got := {key: value.shape for key, value in weights.items()}):
-            other = next(key for key in [*shapes, *got] if shapes.get(key) != got.get(key))
-            raise ValueError(f"{other} is {_shape(got, other)}, not {_shape(shapes, other)}")
+            key = next(key for key in [*shapes, *got] if shapes.get(key) != got.get(key))
+            raise ValueError(f"{key} is {_shape(got, key)}, not {_shape(shapes, key)}")
         items = None if meta is None else _item_ids(meta.get("items"), model.n_items)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # keys of the file may hold anything
         raise ValueError(
             f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})"
         ) from error
+    if verbose and meta is None:
+        print(f"{path}: {other}", file=sys.stderr)
     # float32 whatever torch's default is
     model.float().to_empty(device="cpu")
     model.load_state_dict(weights)
     return model.eval(), items
+
+
+def _check_options(activation: Any, normalize_input: Any) -> None:
+    if activation is not None:
+        check_choice("checkpoint", "activation", activation, tuple(ACTIVATIONS))
+    if normalize_input is not None:
+        check_flag("checkpoint", "normalize_input", normalize_input)
 
 
 def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
@@ -201,23 +245,3 @@ def _item_ids(items: Any, n_items: int) -> list[str] | None:
         again = next(item for item, times in Counter(items).items() if times > 1)
         raise ValueError(f"the item id {again[:40]!r} twice")
     return items
-
-
-def _infer(weights: Mapping[str, Tensor], tanh_after_dropout: bool) -> MultiVAE | MultiDAE:
-    """The model with these shapes, on the meta device."""
-    q_dims, p_dims = (_widths(weights, part) for part in ("encode.q_layers", "decode.p_layers"))
-    two_heads = q_dims[-1] == 2 * p_dims[0]
-    if two_heads:
-        q_dims[-1] //= 2
-    with torch.device("meta"):
-        make = MultiVAE if two_heads else MultiDAE
-        return make(p_dims, q_dims=q_dims, tanh_after_dropout=tanh_after_dropout)
-
-
-def _widths(weights: Mapping[str, Tensor], part: str) -> list[int]:
-    pattern = re.compile(re.escape(part) + r"\.linear_(\d+)\.weight")
-    layers = sorted((int(m[1]), key) for key in weights if (m := pattern.fullmatch(key)))
-    if not layers:
-        raise ValueError(f"no {part}.linear_0.weight in it")
-    shapes = [weights[key].shape for _, key in layers]
-    return [shapes[0][1], *(shape[0] for shape in shapes)]

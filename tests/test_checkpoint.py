@@ -224,7 +224,8 @@ FOREIGN = {
     ),
     "other-keys": (
         {"fc1.weight": torch.zeros(2, 2)},
-        "must fit MultiVAE or MultiDAE, got another model (no encode.q_layers.linear_0.weight in it)",
+        "must fit MultiVAE or MultiDAE, got another model (keys of none of fastvae or RecoTour, vae-cf-pytorch, "
+        "RecBole, rectorch, Cornac, WarpRec, RePlay, RecPack, the paper's TensorFlow code, such as 'fc1.weight')",
     ),
     "few-ids": (
         {"meta": meta(items=["a"]), "model": model().state_dict()},

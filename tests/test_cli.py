@@ -386,7 +386,9 @@ def test_names_with_brackets_are_written_and_shown_as_they_are(tmp_path, run, mo
     assert code == 0 and "users to top[b].csv\n" in out
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "train", "evaluate", "recommend", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "prepare", "train", "evaluate", "recommend", "convert", "demo"]
+)
 def test_help(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Usage: fastvae" in out

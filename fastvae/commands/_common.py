@@ -37,7 +37,7 @@ def load_run(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, 
         raise ValueError(
             f"run must be a run folder or a checkpoint, got {got} at {run}; the run comes first"
         )
-    return load_model(path, tanh_after_dropout)
+    return load_model(path, tanh_after_dropout, verbose=True)
 
 
 def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
