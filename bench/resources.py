@@ -29,6 +29,7 @@ from fastvae.kernels import (
     exp_gemm,
     linear_multinomial_nll,
     multinomial_nll,
+    nll_steps,
     sample_latent,
     sparse_linear,
     sparse_linear_dvalues,
@@ -114,6 +115,17 @@ def linear_multinomial_nll_cases(chip: str) -> Iterator[Case]:
         yield Case(module._scale_hidden_kernel, dtype, scaled, arguments, wide=False, singles=(2, "wide"))  # fmt: skip
 
 
+def nll_steps_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/nll_steps.py."""
+    module, tile = nll_steps, tiles.TABLE[chip].exp_row
+    for dtype in ("bf16", "fp32"):
+        common = {"e_ptr": f"*{dtype}", "N_PADDED": N_PADDED}
+        yield Case(module._largest_logits_kernel, dtype, tile, common)
+        yield Case(module._exponentials_kernel, dtype, tile, common, singles=(1, "block_nnz"))
+        per_click, singles = FixedTile(0, tiles.CLICKS_PER_BLOCK, 4), (2, "block_nnz")
+        yield Case(module._subtract_clicks_kernel, dtype, per_click, common, wide=False, singles=singles)  # fmt: skip
+
+
 def exp_gemm_cases(chip: str) -> Iterator[Case]:
     """Cases of kernels/exp_gemm.py."""
     module, table = exp_gemm, tiles.TABLE[chip]
@@ -157,6 +169,10 @@ def sparse_linear_cases(chip: str) -> Iterator[Case]:
             for tile in dict.fromkeys(row.sparse_forward[torch_dtype.itemsize]):
                 name = f"{detail}, splits of {tile.split_nnz}"
                 yield Case(module._sparse_linear_fwd_kernel, name, tile, arguments)
+            if more:
+                part = {"seed_ptr": ("*i64", "*i64"), "NORMALIZE": None}
+                tile, name = row.sparse_forward[torch_dtype.itemsize][0], f"{dtype}, some columns"
+                yield Case(module._sparse_linear_fwd_kernel, name, tile, arguments | part)
             kernel, backward = module._sparse_linear_bwd_weight_kernel, row.sparse_backward[0]
             yield Case(
                 kernel,
@@ -216,6 +232,7 @@ CASES = (
     sample_latent_cases,
     multinomial_nll_cases,
     linear_multinomial_nll_cases,
+    nll_steps_cases,
     exp_gemm_cases,
     adam_cases,
 )

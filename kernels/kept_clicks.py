@@ -1,7 +1,8 @@
 """Reading the clicks of a row that dropout keeps, block by block: what sparse_linear's kernels share.
 
 keep[n] is a function of the seed and of the click's position n in the matrix, so that every kernel draws it again and
-none of it is stored. The mask is that of fastvae.reference.dropout_keep.
+none of it is stored. The mask is that of fastvae.reference.dropout_keep. Where the matrix holds some columns of a larger
+one, seed_ptr is a tuple of the seed and of what user u's positions lack to those there.
 """
 
 import triton
@@ -31,11 +32,16 @@ def coefficient(scale, value, TANH_INPUT: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed_ptr, n, drop_below):
+def dropout_keep(seed_ptr, u, n, drop_below):
+    if hasattr(seed_ptr, "dtype"):  # as a tuple has not
+        seed = tl.load(seed_ptr)
+    else:
+        seed = tl.load(seed_ptr[0])
+        n += tl.load(seed_ptr[1] + u)
     low = (n & 0xFFFFFFFF).to(tl.uint32)
     high = (n >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
+    word, _, _, _ = tl.philox(seed, low, high, zero, zero)
     return (word >> 8).to(tl.int32) >= drop_below
 
 
@@ -63,8 +69,8 @@ def positions(start, BLOCK_NNZ: tl.constexpr):
 
 
 @triton.jit
-def load_kept(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ: tl.constexpr):
-    """Position and item of a block of clicks; live where a click lies before end and isn't dropped."""
+def load_kept(indices_ptr, seed_ptr, u, start, end, drop_below, BLOCK_NNZ: tl.constexpr):
+    """Position and item of a block of user u's clicks; live where a click lies before end and isn't dropped."""
     n = positions(start, BLOCK_NNZ)
     live = n < end
     # not predicated on keep: the index is on its way while Philox runs
@@ -73,7 +79,7 @@ def load_kept(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ: tl.const
         # by way of one word: else each of the 32 threads that share a weight row draws its number again
         tl.static_assert(BLOCK_NNZ <= 64)
         bit = positions(0, BLOCK_NNZ)
-        word = tl.sum((live & dropout_keep(seed_ptr, n, drop_below)).to(tl.int64) << bit, axis=0)
+        word = tl.sum((live & dropout_keep(seed_ptr, u, n, drop_below)).to(tl.int64) << bit, axis=0)
         live = ((word >> bit) & 1) == 1
     return n, item, live
 
@@ -86,11 +92,14 @@ def offsets(r, live, d, STRIDE_R: tl.constexpr, STRIDE_D: tl.constexpr, N_HIDDEN
     return offset, live[:, None] & (d < N_HIDDEN)[None, :]
 
 
-def dropout_arguments(seed: Tensor | None, dropout: float) -> tuple[Tensor | None, int, float]:
+def dropout_arguments(
+    seed: Tensor | None, shift: Tensor | None, dropout: float
+) -> tuple[Tensor | tuple[Tensor, Tensor] | None, int, float]:
     """The kernels' seed, the 24-bit number below which a click is dropped, and the factor of those kept."""
     if seed is None or dropout == 0:
         return None, 0, 1.0
-    return seed, round(dropout * 2**24), 1 / (1 - dropout) if dropout < 1 else 0.0
+    drawn_by = seed if shift is None else (seed, shift)
+    return drawn_by, round(dropout * 2**24), 1 / (1 - dropout) if dropout < 1 else 0.0
 
 
 def cut_features(tile: tiles.SplitTile | tiles.ItemTile, n_hidden: int) -> tuple[int, int, int]:

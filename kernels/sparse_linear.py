@@ -59,7 +59,7 @@ def _row_scale(
 @triton.jit
 def _sparse_linear_fwd_kernel(
     indptr_ptr, indices_ptr, values_ptr, rows_ptr, weight_ptr, seed_ptr,  # inputs
-    parts_ptr, scale_ptr,  # outputs
+    parts_ptr, scale_ptr,  # outputs; scale_ptr is read where NORMALIZE is None
     drop_below, keep_scale,  # dropout
     NORMALIZE: tl.constexpr, TANH_INPUT: tl.constexpr,
     N_HIDDEN: tl.constexpr, SPLIT_NNZ: tl.constexpr, BLOCK_NNZ: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -70,21 +70,26 @@ def _sparse_linear_fwd_kernel(
     n_programs = programs_of(begin, end, n_splits, SPLIT_NNZ)
     if split >= n_programs:
         return
-    # each program reads all values of its row, which are 4 bytes beside a weight row's thousand, many at once
-    scale = _row_scale(values_ptr, begin, end, keep_scale, NORMALIZE, 16 * BLOCK_NNZ)
-    if split == 0:
-        tl.store(scale_ptr + u, scale)  # by the programs of all features: the same number
+    if NORMALIZE is None:
+        scale = tl.load(scale_ptr + u)
+    else:
+        # each program reads all values of its row, which are 4 bytes beside a weight row's thousand, many at once
+        scale = _row_scale(values_ptr, begin, end, keep_scale, NORMALIZE, 16 * BLOCK_NNZ)
+        if split == 0:
+            tl.store(scale_ptr + u, scale)  # by the programs of all features: the same number
 
     # gather-sum; the weights of a dropped click are not read
     acc = tl.zeros([BLOCK_D], tl.float32)
     first, step = begin + split * BLOCK_NNZ, n_programs * BLOCK_NNZ
-    n, item, live = load_kept(indices_ptr, seed_ptr, first, end, drop_below, BLOCK_NNZ)
+    n, item, live = load_kept(indices_ptr, seed_ptr, u, first, end, drop_below, BLOCK_NNZ)
     for start in range(first, end, step):
         offset, mask = offsets(item, live, d, N_HIDDEN, 1, N_HIDDEN)
         weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         a = coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         # the next items travel along with these weights: one latency a block instead of two
-        n, item, live = load_kept(indices_ptr, seed_ptr, start + step, end, drop_below, BLOCK_NNZ)
+        n, item, live = load_kept(
+            indices_ptr, seed_ptr, u, start + step, end, drop_below, BLOCK_NNZ
+        )
         acc += tl.sum(a[:, None] * weight, axis=0)
     tl.store(parts_ptr + (u * n_splits + split) * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
 
@@ -127,7 +132,7 @@ def _sparse_linear_bwd_weight_kernel(
         return
     scale = tl.load(scale_ptr + u)
     for start in range(begin + split * BLOCK_NNZ, end, n_programs * BLOCK_NNZ):
-        n, item, live = load_kept(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
+        n, item, live = load_kept(indices_ptr, seed_ptr, u, start, end, drop_below, BLOCK_NNZ)
         a = coefficient(scale, click_values(values_ptr, n, live), TANH_INPUT)
         for left in range(0, N_HIDDEN, BLOCK_D):
             d = left + tl.arange(0, BLOCK_D)
@@ -157,7 +162,7 @@ def _mark_clicks_kernel(
         live = n < end
         item = tl.load(indices_ptr + n, mask=live, other=0).to(tl.int64)
         if seed_ptr is not None:
-            live = live & dropout_keep(seed_ptr, n, drop_below)
+            live = live & dropout_keep(seed_ptr, u, n, drop_below)
         tl.atomic_or(marks_ptr + item * n_words + u // 32, bit, mask=live, sem="relaxed")
 
 
@@ -224,7 +229,8 @@ def finish_cut(n_hidden: int) -> tuple[int, int]:
 
 def sparse_linear_fwd(
     csr: Csr, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
-    *, dropout: float, normalize: bool, tanh: bool, tanh_input: bool, tile: tiles.SplitTile | None = None,
+    *, dropout: float, normalize: bool, tanh: bool, tanh_input: bool,
+    shift: Tensor | None = None, row_scale: Tensor | None = None, tile: tiles.SplitTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernels. Arguments are already checked by fastvae.ops.
 
@@ -234,6 +240,8 @@ def sparse_linear_fwd(
     seed     [1]                  int64, or None for no dropout
     dropout  probability to drop a click, 0..1
     normalize, tanh, tanh_input   as in fastvae.reference.sparse_linear
+    shift    [n_users]            int64: added to a user's positions for dropout; or None
+    row_scale  [n_users]          fp32: in place of 1 / ||x[u]||; or None
     tile     launch configuration, from the table by default
     returns  y [n_users, n_hidden] dtype of weight; scale [n_users] fp32: s of the formulas, 0 for an empty row
     """
@@ -242,20 +250,23 @@ def sparse_linear_fwd(
     tile = tile or tiles.of(weight.device).sparse_forward_tile(weight.dtype, n_users)
     block_d, n_blocks, num_warps = cut_features(tile, n_hidden)
     y = torch.empty(n_users, n_hidden, dtype=weight.dtype, device=weight.device)
-    scale = torch.empty(n_users, dtype=torch.float32, device=weight.device)
+    drawn_by, drop_below, keep_scale = dropout_arguments(seed, shift, dropout)
+    if row_scale is None:
+        scale, norm = torch.empty(n_users, dtype=torch.float32, device=weight.device), normalize
+    else:
+        scale, norm = row_scale * keep_scale, None
     if n_users == 0:
         return y, scale
     shape = n_users, tile.n_splits, n_hidden
     parts = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    seed, drop_below, keep_scale = dropout_arguments(seed, dropout)
     indptr, _, _, rows = csr
     with tiles.device_guard(weight):
         launch(
             _sparse_linear_fwd_kernel, (n_users * n_blocks, tile.n_splits),
-            *csr, weight, seed,
+            *csr, weight, drawn_by,
             parts, scale,
             drop_below, keep_scale,
-            NORMALIZE=normalize, TANH_INPUT=tanh_input, N_HIDDEN=n_hidden,
+            NORMALIZE=norm, TANH_INPUT=tanh_input, N_HIDDEN=n_hidden,
             SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
         block_d, num_warps = finish_cut(n_hidden)
@@ -271,7 +282,7 @@ def sparse_linear_fwd(
 
 def sparse_linear_bwd_weight(
     dpre: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor, n_items: int,
-    *, dropout: float, tanh_input: bool, deterministic: bool,
+    *, dropout: float, tanh_input: bool, deterministic: bool, shift: Tensor | None = None,
     tile: tiles.SplitTile | None = None, item_tile: tiles.ItemTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the kernels of the weight gradient. Arguments are already checked by fastvae.ops.
@@ -294,7 +305,7 @@ def sparse_linear_bwd_weight(
     if n_users == 0 or n_items == 0:
         return dweight
     table = tiles.of(dpre.device)
-    seed, drop_below, _ = dropout_arguments(seed, dropout)
+    drawn_by, drop_below, _ = dropout_arguments(seed, shift, dropout)
     flags = dict(STRIDE_DPRE_U=dpre.stride(0), STRIDE_DPRE_D=dpre.stride(1))
     flags |= dict(TANH_INPUT=tanh_input, N_HIDDEN=n_hidden)
     with tiles.device_guard(dpre):
@@ -303,7 +314,7 @@ def sparse_linear_bwd_weight(
             block_d, _, num_warps = cut_features(tile, n_hidden)
             launch(
                 _sparse_linear_bwd_weight_kernel, (n_users, tile.n_splits),
-                *csr, dpre, seed, scale,
+                *csr, dpre, drawn_by, scale,
                 dweight,
                 drop_below,
                 **flags, SPLIT_NNZ=tile.split_nnz, BLOCK_NNZ=tile.block_nnz, BLOCK_D=block_d, num_warps=num_warps,
@@ -316,7 +327,7 @@ def sparse_linear_bwd_weight(
         indptr, indices, _, rows = csr
         launch(
             _mark_clicks_kernel, (n_users,),
-            indptr, indices, rows, seed,
+            indptr, indices, rows, drawn_by,
             marks,
             drop_below, n_words,
             BLOCK_NNZ=tiles.CLICKS_PER_BLOCK, num_warps=4,

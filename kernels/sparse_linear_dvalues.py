@@ -58,7 +58,7 @@ def _click_products_kernel(
         while tl.load(rows_ptr + last + 1, mask=last + 1 < tl.num_programs(0), other=-1) == row:
             last += 1
     for start in range(begin + split * BLOCK_NNZ, end, n_programs * BLOCK_NNZ):
-        n, item, live = load_kept(indices_ptr, seed_ptr, start, end, drop_below, BLOCK_NNZ)
+        n, item, live = load_kept(indices_ptr, seed_ptr, u, start, end, drop_below, BLOCK_NNZ)
         product = tl.zeros([BLOCK_NNZ], tl.float32)
         for left in range(0, N_HIDDEN, BLOCK_D):
             d = left + tl.arange(0, BLOCK_D)
@@ -112,7 +112,8 @@ def _sparse_linear_bwd_values_kernel(
 
 def sparse_linear_bwd_values(
     dpre: Tensor, weight: Tensor, csr: Csr, seed: Tensor | None, scale: Tensor,
-    *, dropout: float, normalize: bool, tanh_input: bool, tile: tiles.SplitTile | None = None,
+    *, dropout: float, normalize: bool, tanh_input: bool, shift: Tensor | None = None,
+    tile: tiles.SplitTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the kernel of the values' gradient. Arguments are already checked by fastvae.ops.
 
@@ -133,11 +134,12 @@ def sparse_linear_bwd_values(
         # users of one row side by side: one program adds them up, in order and without atomics
         rows, order = torch.sort(rows, stable=True)
         dpre, scale = dpre[order], scale[order]
-    seed, drop_below, _ = dropout_arguments(seed, dropout)
+        shift = None if shift is None else shift[order]
+    drawn_by, drop_below, _ = dropout_arguments(seed, shift, dropout)
     with tiles.device_guard(dpre):
         launch(
             _click_products_kernel, (n_users, tile.n_splits),
-            indptr, indices, rows, weight, dpre, seed,
+            indptr, indices, rows, weight, dpre, drawn_by,
             dvalues,
             drop_below,
             STRIDE_DPRE_U=dpre.stride(0), STRIDE_DPRE_D=dpre.stride(1),

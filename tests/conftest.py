@@ -45,7 +45,9 @@ def no_access_out_of_bounds(request):
     arguments, accesses = interpreter.GridExecutor._init_args_hst, interpreter._interpreter
 
     def remember(self, args, kwargs):
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        given = (*args, *kwargs.values())
+        flat = [t for arg in given for t in (arg if isinstance(arg, tuple) else (arg,))]
+        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
         last = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
         allowed[:] = FAR + [
             (t.data_ptr(), t.data_ptr() + (n + 1) * t.itemsize)

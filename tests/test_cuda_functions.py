@@ -246,14 +246,18 @@ def test_fakes_of_sparse_linear(way, way_of):
     for weight in layouts(torch.randn(8, N_ITEMS)):
         casts = (None,) if way == "cpu" else (None, torch.randn(128, 8).half())
         for cast in casts:
-            args = (*csr, weight, torch.randn(8), cast, SEED, 0.5, True, True, False)
+            part = (torch.arange(5), torch.rand(5)) if cast is None else (None, None)
+            args = (*csr, weight, torch.randn(8), cast, SEED, *part, 0.5, True, True, False)
             promised, given = promises(_SPARSE_LINEAR, args)
             assert promised == given
-        _, scale = _SPARSE_LINEAR.plain(*csr, weight, None, None, None, 0.0, True, True, False)
+        nothing = (None,) * 5
+        _, scale = _SPARSE_LINEAR.plain(*csr, weight, *nothing, 0.0, True, True, False)
         dpre = torch.randn(len(scale), 8)
-        promised, given = promises(_DWEIGHT, (dpre, scale, *csr, None, N_ITEMS, 0.0, False))
+        promised, given = promises(_DWEIGHT, (dpre, scale, *csr, None, None, N_ITEMS, 0.0, False))
         assert promised == given
-        promised, given = promises(_DVALUES, (dpre, scale, weight, *csr, None, 0.0, True, False))
+        promised, given = promises(
+            _DVALUES, (dpre, scale, weight, *csr, None, None, 0.0, True, False)
+        )
         assert promised == given
 
 

@@ -91,7 +91,16 @@ def test_gradient_has_the_weights_strides_and_no_bias_is_fine():
 
 
 @pytest.mark.parametrize("counts", [False, True])
-@pytest.mark.parametrize("options", [{}, {"tanh_input": True}, {"normalize": False, "tanh": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tanh_input": True},
+        {"normalize": False, "tanh": False},
+        {"shift": torch.arange(4), "row_scale": torch.tensor([0.5, 1, 2, 3]).double()},
+    ],
+    ids=str,
+)
 def test_gradcheck(counts, options):
     clicks, weight, bias = inputs([2, 0, 4], 6, torch.float64, counts, n_hidden=3)
     view, seed = clicks.rows([2, 0, 1, 2]), torch.tensor([1])
@@ -112,8 +121,12 @@ def test_opcheck(counts, bias, dropout):
     weight.requires_grad_()
     view = clicks.rows([2, 0])
     seed = torch.tensor([1]) if dropout else None
+    # the numbers of a part of a matrix, and none
+    shift = torch.tensor([4, 0]) if dropout and counts else None
+    scale = torch.tensor([0.5, 2.0]) if counts else None
     arguments = (view.indptr, view.indices, view.values, view.row_ids, weight, b, None, seed)
-    torch.library.opcheck(_SPARSE_LINEAR.registered, (*arguments, dropout, True, True, False))
+    options = (shift, scale, dropout, True, True, False)
+    torch.library.opcheck(_SPARSE_LINEAR.registered, (*arguments, *options))
 
 
 def test_normalise_first_then_dropout():
@@ -202,6 +215,11 @@ def test_second_backward_and_autocast():
          "sparse_linear: seed must be an int64 tensor [1], got float32 [2]"),
         ({"dropout": 0.5, "seed": 3}, ValueError, "sparse_linear: seed must be an int64 tensor [1], got 3"),
         ({"weight": np.ones((6, 9), np.float32)}, TypeError, "sparse_linear: weight must be a tensor, got ndarray"),
+        ({"shift": torch.ones(2)}, ValueError, "sparse_linear: shift must be int64 [2], got float32 [2]"),
+        ({"row_scale": torch.ones(3)}, ValueError, "sparse_linear: row_scale must be float32 [2], got float32 [3]"),
+        ({"row_scale": 1.0}, ValueError, "sparse_linear: row_scale must be float32 [2], got 1.0"),
+        ({"shift": torch.ones(2, dtype=torch.int64, device="meta")}, RuntimeError,
+         "sparse_linear: shift must be on cpu like clicks, got meta"),
         ({"bias": torch.ones(6, device="meta")}, RuntimeError,
          "sparse_linear: bias must be on cpu like clicks, got meta"),
     ],

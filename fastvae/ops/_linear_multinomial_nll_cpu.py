@@ -57,7 +57,7 @@ def exp_rows(
     total = sum_dtype(weight.dtype)
     d = empty((len(hidden), n_items), weight.dtype, hidden.device) if d is None else d
     targets = Rows(csr, total)
-    _logits(hidden, weight, d)
+    product(hidden, weight, d)
     peak, highest = (hidden.new_empty(len(hidden), dtype=total) for _ in range(2))
     clicked = hidden.new_empty(len(targets.item), dtype=total)
     flat = targets.user * n_items + targets.item
@@ -83,7 +83,8 @@ def exp_rows(
     return targets.nll(clicked, peak, highest.log().neg_()), n_clicks
 
 
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write the logits without bias into out [n_users, n_items]."""
     # bf16 takes 34 ms whole, 38 in pieces
     whole = hidden.dtype == torch.bfloat16
     step = max(1, len(weight)) if whole else ITEMS_PER_GEMM

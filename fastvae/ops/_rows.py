@@ -50,10 +50,12 @@ class Rows:
 
     # the first layer
 
-    def scale(self, dropout: float, normalize: bool) -> Tensor:
-        """s[u] = 1 / (||x[u]|| (1 - dropout)); 0 for a row without clicks and at dropout 1."""
+    def scale(self, dropout: float, normalize: bool, row_scale: Tensor | None = None) -> Tensor:
+        """s[u] = 1 / (||x[u]|| (1 - dropout)), row_scale for 1 / ||x[u]|| where given; 0 without clicks, at dropout 1."""
         lengths = self.offsets.diff()
-        if not normalize:
+        if row_scale is not None:
+            scale = row_scale.clone()
+        elif not normalize:
             scale = lengths.new_ones(len(lengths), dtype=self.dtype)
         elif self.value is None:
             scale = lengths.to(self.dtype).rsqrt()
@@ -63,14 +65,18 @@ class Rows:
         scale[lengths == 0] = 0
         return scale / (1 - dropout) if dropout < 1 else torch.zeros_like(scale)
 
+    def shifted(self, shift: Tensor | None) -> Tensor:
+        """Position of each click in the matrix that the dropout is of; shift [n_users], or None for this one."""
+        return self.position if shift is None else self.position + shift[self.user]
+
     def kept(
-        self, scale: Tensor, seed: Tensor | None, dropout: float, tanh_input: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, scale: Tensor, seed: Tensor | None, shift: Tensor | None, dropout: float, tanh_input: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Clicks that dropout keeps: item, coefficient, offsets [n_users + 1], user."""
         item, user, offsets = self.item, self.user, self.offsets
         coefficient = scale[user] if self.value is None else scale[user] * self.value
         if seed is not None:
-            keep = dropout_keep(seed, self.position, dropout)
+            keep = dropout_keep(seed, self.shifted(shift), dropout)
             before = F.pad(torch.cumsum(keep, 0), (1, 0))
             kept = keep.nonzero().squeeze(1)
             item, user, coefficient = item[kept], user[kept], coefficient[kept]

@@ -42,6 +42,8 @@ def sparse_linear(
     normalize: bool = True,
     tanh: bool = True,
     tanh_input: bool = False,
+    shift: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """First layer of the encoder on a batch of users' clicks, without a dense input.
 
@@ -60,6 +62,9 @@ def sparse_linear(
     normalize   divide each row by its L2 norm
     tanh        apply tanh to the result
     tanh_input  apply tanh to the normalised, dropped-out clicks too
+    shift       [n_users] int64, where clicks holds some columns of a larger matrix: what a click's position here lacks
+                to its position there, by which dropout decides; or None
+    row_scale   [n_users] fp32, or weight's fp64: in place of 1 / ||x[u]||, there that of the whole row; or None
     returns     [n_users, n_hidden] in weight's dtype, or in autocast's; sums in fp32
 
     Differentiable, in reverse mode and once, in weight, bias, and clicks.values where that requires grad. Weight's
@@ -68,11 +73,15 @@ def sparse_linear(
     Source: Liang et al. 2018 (arXiv:1802.05814), section 2.2; reference: fastvae.reference.sparse_linear.
     """
     _check(clicks, weight, bias, dropout, seed)
+    _check_part(clicks, weight, shift, row_scale)
     seed, dtype = seed if dropout > 0 else None, autocast_dtype(weight.device)
+    shift = None if seed is None else shift
     # a copy that the optimiser has written already: half the bytes to gather
     bf16 = dtype == torch.bfloat16 and uses_kernels(weight)
     cast = shadow_of(weight, transposed=True) if bf16 else None
-    y = _SPARSE_LINEAR(*clicks.csr, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input)
+    y = _SPARSE_LINEAR(
+        *clicks.csr, weight, bias, cast, seed, shift, row_scale, dropout, normalize, tanh, tanh_input
+    )  # fmt: skip
     return y if dtype is None else y.to(dtype)
 
 
@@ -96,6 +105,20 @@ def _check(clicks, weight, bias, dropout, seed) -> None:
     check_devices(op, clicks, weight=weight, bias=bias, seed=seed)
 
 
+def _check_part(clicks, weight, shift, row_scale) -> None:
+    dtypes = {"shift": torch.int64, "row_scale": sum_dtype(weight.dtype)}
+    for name, t in (("shift", shift), ("row_scale", row_scale)):
+        if t is None:
+            continue
+        is_tensor = isinstance(t, Tensor)
+        if not is_tensor or t.shape != (clicks.n_users,) or t.dtype != dtypes[name]:
+            got = f"{dtype_name(t.dtype)} {list(t.shape)}" if is_tensor else repr(t)
+            raise ValueError(
+                f"sparse_linear: {name} must be {dtype_name(dtypes[name])} [{clicks.n_users}], got {got}"
+            )
+        check_devices("sparse_linear", clicks, **{name: t})
+
+
 def _sparse_linear_cpu(
     indptr: Tensor,
     indices: Tensor,
@@ -105,6 +128,8 @@ def _sparse_linear_cpu(
     bias: Tensor | None,
     cast: Tensor | None,
     seed: Tensor | None,
+    shift: Tensor | None,
+    row_scale: Tensor | None,
     dropout: float,
     normalize: bool,
     tanh: bool,
@@ -115,8 +140,8 @@ def _sparse_linear_cpu(
     cast is the weight item by item, [>= n_items, n_hidden] in the dtype that y shall have, where a GPU has such a copy.
     """
     batch = Rows((indptr, indices, values, rows), sum_dtype(weight.dtype))
-    scale = batch.scale(dropout, normalize)
-    item, coefficient, offsets, _ = batch.kept(scale, seed, dropout, tanh_input)
+    scale = batch.scale(dropout, normalize, row_scale)
+    item, coefficient, offsets, _ = batch.kept(scale, seed, shift, dropout, tanh_input)
     table = weight.t().contiguous()
     if table.dtype != batch.dtype:
         # fp32 sums for half precision: only the rows that occur are widened
@@ -136,8 +161,9 @@ def _sparse_linear_cpu(
 
 
 def _sparse_linear_fake(
-    indptr, indices, values, rows, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input
-):
+    indptr, indices, values, rows, weight, bias, cast, seed, shift, row_scale,
+    dropout, normalize, tanh, tanh_input,
+):  # fmt: skip
     n_users = indptr.shape[0] - 1 if rows is None else rows.shape[0]
     y = (weight if cast is None else cast).new_empty((n_users, weight.shape[0]))
     return y, weight.new_empty((n_users,), dtype=sum_dtype(weight.dtype))
@@ -151,13 +177,14 @@ def _dweight_cpu(
     values: Tensor | None,
     rows: Tensor | None,
     seed: Tensor | None,
+    shift: Tensor | None,
     n_items: int,
     dropout: float,
     tanh_input: bool,
 ) -> Tensor:
     """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's fp32 or fp64."""
     batch = Rows((indptr, indices, values, rows), dpre.dtype)
-    item, coefficient, _, user = batch.kept(scale, seed, dropout, tanh_input)
+    item, coefficient, _, user = batch.kept(scale, seed, shift, dropout, tanh_input)
     order = torch.argsort(item, stable=True)
     user, coefficient = user[order], coefficient[order].to(dpre.dtype)
     bounds = item.new_zeros(n_items + 1)
@@ -177,7 +204,9 @@ def _dweight_cpu(
     return grad
 
 
-def _dweight_fake(dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input):
+def _dweight_fake(
+    dpre, scale, indptr, indices, values, rows, seed, shift, n_items, dropout, tanh_input
+):  # fmt: skip
     return dpre.new_empty((n_items, dpre.shape[1]))
 
 
@@ -190,6 +219,7 @@ def _dvalues_cpu(
     values: Tensor,
     rows: Tensor | None,
     seed: Tensor | None,
+    shift: Tensor | None,
     dropout: float,
     normalize: bool,
     tanh_input: bool,
@@ -204,7 +234,7 @@ def _dvalues_cpu(
     direct = scale[user] * value
     dc = (dpre[user] * weight.t()[batch.item]).sum(1)
     if seed is not None:
-        dc = dc * dropout_keep(seed, batch.position, dropout)
+        dc = dc * dropout_keep(seed, batch.shifted(shift), dropout)
     if tanh_input:
         dc = dc * (1 - torch.tanh(direct).square())
     grad = scale[user] * dc
@@ -216,7 +246,7 @@ def _dvalues_cpu(
 
 
 def _dvalues_fake(
-    dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+    dpre, scale, weight, indptr, indices, values, rows, seed, shift, dropout, normalize, tanh_input
 ):  # fmt: skip
     return torch.empty_like(values)
 
@@ -229,8 +259,9 @@ def _kernels():
 
 
 def _sparse_linear_cuda(
-    indptr, indices, values, rows, weight, bias, cast, seed, dropout, normalize, tanh, tanh_input
-):
+    indptr, indices, values, rows, weight, bias, cast, seed, shift, row_scale,
+    dropout, normalize, tanh, tanh_input,
+):  # fmt: skip
     return _kernels().sparse_linear_fwd(
         (indptr, indices, values, rows),
         weight.t().contiguous() if cast is None else cast,
@@ -240,11 +271,13 @@ def _sparse_linear_cuda(
         normalize=normalize,
         tanh=tanh,
         tanh_input=tanh_input,
+        shift=shift,
+        row_scale=row_scale,
     )
 
 
 def _dweight_cuda(
-    dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
+    dpre, scale, indptr, indices, values, rows, seed, shift, n_items, dropout, tanh_input
 ):  # fmt: skip
     return _kernels().sparse_linear_bwd_weight(
         dpre,
@@ -255,11 +288,12 @@ def _dweight_cuda(
         dropout=dropout,
         tanh_input=tanh_input,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        shift=shift,
     )
 
 
 def _dvalues_cuda(
-    dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+    dpre, scale, weight, indptr, indices, values, rows, seed, shift, dropout, normalize, tanh_input
 ):  # fmt: skip
     with needing_triton("sparse_linear"):
         from ..kernels.sparse_linear_dvalues import sparse_linear_bwd_values
@@ -272,6 +306,7 @@ def _dvalues_cuda(
         dropout=dropout,
         normalize=normalize,
         tanh_input=tanh_input,
+        shift=shift,
     )
 
 
@@ -280,18 +315,20 @@ _DVALUES = Op("sparse_linear_dvalues", _dvalues_cpu, _dvalues_cuda, _dvalues_fak
 
 
 def _setup_context(ctx, inputs, output):
-    indptr, indices, values, rows, weight, _, _, seed, *ctx.settings = inputs
+    indptr, indices, values, rows, weight, _, _, seed, shift, row_scale, *ctx.settings = inputs
     y, scale = output
     ctx.mark_non_differentiable(scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(indptr, indices, values, rows, weight, seed, y, scale)
+    # a norm that is given is a constant
+    ctx.by_own_norm = row_scale is None
+    ctx.save_for_backward(indptr, indices, values, rows, weight, seed, shift, y, scale)
 
 
 def _backward(ctx, dy, *_):
-    indptr, indices, values, rows, weight, seed, y, scale = ctx.saved_tensors
+    indptr, indices, values, rows, weight, seed, shift, y, scale = ctx.saved_tensors
     dropout, normalize, tanh, tanh_input = ctx.settings
     if dy is None:
-        return (None,) * 12
+        return (None,) * 14
     _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     # the kernels take any dtype, and widen what they read
     total = y.dtype if uses_kernels(y) else sum_dtype(y.dtype)
@@ -301,16 +338,17 @@ def _backward(ctx, dy, *_):
     if need_weight:
         n_items = weight.shape[1]
         dweight = _DWEIGHT(
-            dpre, scale, indptr, indices, values, rows, seed, n_items, dropout, tanh_input
+            dpre, scale, indptr, indices, values, rows, seed, shift, n_items, dropout, tanh_input
         )
         dweight = dweight.t().to(weight.dtype)
     if need_bias:
         dbias = dpre.sum(0, dtype=sum_dtype(y.dtype)).to(weight.dtype)
     if need_values:
         dvalues = _DVALUES(
-            dpre, scale, weight, indptr, indices, values, rows, seed, dropout, normalize, tanh_input
+            dpre, scale, weight, indptr, indices, values, rows, seed, shift,
+            dropout, normalize and ctx.by_own_norm, tanh_input,
         )  # fmt: skip
-    return None, None, dvalues, None, dweight, dbias, *(None,) * 6
+    return None, None, dvalues, None, dweight, dbias, *(None,) * 8
 
 
 _SPARSE_LINEAR = Op(
