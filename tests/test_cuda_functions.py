@@ -171,6 +171,10 @@ def test_linear_multinomial_nll_under_autocast():
     with torch.autocast("cpu", torch.float16):
         actual = gradients(lambda h, w, b: linear_multinomial_nll(h, w, b, clicks), leaves, dy)
     assert [t.dtype for t in actual] == 4 * [torch.float32]
+    assert not any(torch.equal(t, t.half().float()) for t in actual)
+    near = [t.detach() * (1 + 1e-5) for t in leaves[:2]]
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(linear_multinomial_nll(*near, leaves[2], clicks), actual[0])
     half = [t.detach().half().requires_grad_() for t in leaves]
     same = gradients(lambda h, w, b: reference.linear_multinomial_nll(h, w, b, x.half()), half, dy)
     double = [t.detach().double().requires_grad_() for t in leaves]

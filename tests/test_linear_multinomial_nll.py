@@ -194,6 +194,22 @@ def test_an_upstream_gradient_beyond_fp16_stays_finite_under_bf16_autocast():
         torch.testing.assert_close(large / 2.0**17, one, rtol=1e-2, atol=1e-4)
 
 
+def test_under_autocast_products_are_bf16_and_gradients_are_not_rounded_to_it():
+    *tensors, clicks = inputs([5, 20, 3], 600, 64, spread=0.1)
+    tensors, dnll = [t.bfloat16().float() for t in tensors], torch.ones(3)
+
+    # two parts: the weight's gradient of one is a bf16 product
+    def call(h, w, b):
+        return linear_multinomial_nll(h, w, b, clicks, max_bytes=2 * 600 * 2)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        nll, *gradients = run(call, tensors, dnll)
+    assert torch.equal(nll, call(*(t.bfloat16() for t in tensors)))
+    assert not torch.equal(nll, call(*tensors))
+    for gradient in gradients:
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32():
     *tensors, clicks = inputs([5, 20, 0], 600, 64, spread=0.1)
     x, dnll = clicks.to_dense(), torch.ones(3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvae import reference
+from fastvae.ops._dropout import dropout_keep as cpu_keep
 
 PHILOX_WORDS = [  # first word of the known answers of Random123's kat_vectors, philox4x32 10 rounds
     pytest.param(0, 0, 0x6627E8D5, id="all-zero"),
@@ -18,6 +19,14 @@ def test_dropout_keep_is_philox(seed, position, word):
     at = (word >> 8) / 2**24
     assert reference.dropout_keep(seed, position, at).item()
     assert not reference.dropout_keep(seed, position, at + 2**-24).item()
+
+
+@pytest.mark.parametrize("keep", [reference.dropout_keep, cpu_keep], ids=["reference", "cpu"])
+def test_the_threshold_of_the_dropout_is_rounded(keep):
+    seed, position = torch.tensor([0]), torch.tensor([0])
+    word = PHILOX_WORDS[0].values[2] >> 8
+    assert keep(seed, position, (word + 0.4) / 2**24).item()
+    assert not keep(seed, position, (word + 0.6) / 2**24).item()
 
 
 def philox_by_hand(key, counter):

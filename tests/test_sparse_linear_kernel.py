@@ -370,6 +370,9 @@ def test_the_mask_at_its_threshold():
     assert 0 < first < 2**24
     assert kernel_keep(SEED, position, (first - 1) / 2**24).item()
     assert not kernel_keep(SEED, position, first / 2**24).item()
+    # rounded to such a step
+    assert kernel_keep(SEED, position, (first - 0.6) / 2**24).item()
+    assert not kernel_keep(SEED, position, (first - 0.4) / 2**24).item()
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
