@@ -12,6 +12,7 @@ COMMANDS = {
     "memory": "peak memory of training steps by number of items",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",
+    "recbole": "MultiVAE in RecBole's trainer, its own and ours; needs the extra recbole",
     "launches": "the launches of one captured training step, by name; needs no GPU",
     "host": "what an eager step costs its host, beside the dense model's; needs no GPU",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",

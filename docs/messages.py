@@ -51,6 +51,7 @@ CAUSES = {
     "movielens.py": "MovieLens-100K",
     "data.py": "Splits",
     "dataset_folder.py": "Dataset folders",
+    "recbole.py": "In RecBole",
     "_checks.py": "Arguments of every function",
     "synthetic.py": "Made-up clicks",
     "commands/": "The command",

@@ -22,14 +22,27 @@ MODULES = [
 ]
 
 
+# packages that the extras of their names bring, where make test has no need of them
+OF_EXTRAS = ("recbole", "lenskit", "lightning")
+
+
+def missing(text):
+    """Those of the packages that a text names and that are not installed."""
+    named = [name for name in OF_EXTRAS if re.search(rf"\b{name}\b", text)]
+    return [name for name in named if importlib.util.find_spec(name) is None]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
+    if missing(name):
+        pytest.skip(f"the extra {name.removeprefix('fastvae.')} is not installed")
     module = importlib.import_module(name)
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
 def test_there_are_examples():
-    examples = [doctest.DocTestFinder().find(importlib.import_module(name)) for name in MODULES]
+    modules = [importlib.import_module(name) for name in MODULES if not missing(name)]
+    examples = [doctest.DocTestFinder().find(module) for module in modules]
     assert sum(len(test.examples) for tests in examples for test in tests) > 30
 
 
@@ -73,7 +86,8 @@ def test_commands_that_take_long_exist(page, command):
         assert planned.returncode == 0 and ".venv/bin/" in planned.stdout
     elif command[0] == "pip":
         extras = re.findall(r"\[(\w+)\]", command[-1])
-        assert extras == ["cli"] and "\ncli = [" in (ROOT / "pyproject.toml").read_text()
+        declared = (ROOT / "pyproject.toml").read_text()
+        assert extras and all(f"\n{extra} = [" in declared for extra in extras)
     else:
         assert command[:2] == ["python", "-m"], command
         assert_module_takes(command[2], command[3:])
@@ -122,6 +136,8 @@ def test_commands_and_snippets_run(page, tmp_path, monkeypatch):
             assert not exit_code(command, monkeypatch), command
     names: dict = {}
     for snippet in blocks(page, "python"):
+        if missing(snippet):
+            continue
         exec(compile(snippet, page, "exec"), names)
     for name in WRITTEN.get(page, ()):
         assert Path(name).stat().st_size > 0, name
