@@ -35,6 +35,7 @@ CAUSES = {
     "trainer.py": "A training under way",
     "step.py": "The training step",
     "adam.py": "The optimiser",
+    "warmup.py": "Compiling beforehand",
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",
     "checkpoint.py": "Checkpoints",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
 from .step import GraphedStep, NotFiniteLoss
+from .warmup import warm_up
 
 OnEpoch = Callable[[dict[str, Any]], Any]
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
@@ -120,6 +122,8 @@ class Trainer:
             bar.idle(f"the run has {self.epoch} epochs, asked for are {epochs}")
         elif self._out_of_patience(patience):
             bar.idle(f"no better NDCG@100 since epoch {self.result.best_epoch} of {self.epoch}")
+        elif self.train.device.type == "cuda":
+            self._compile_ahead()
         while self.epoch < epochs and not self._out_of_patience(patience):
             whole = self._run_epoch(bar, interrupted)
             self.save_last()
@@ -130,6 +134,27 @@ class Trainer:
             # after last.pt: whatever the callback raises, the run can be resumed
             if on_epoch is not None and _is_true(on_epoch(dict(row))):
                 return
+
+    def _compile_ahead(self) -> None:
+        """Compile the kernels side by side; the steps would do it one after the other."""
+        if type(self.model) not in (MultiVAE, MultiDAE):
+            return
+        s, n_users = self.settings, self.train.n_users
+        sizes = {min(s.batch_size, n_users), n_users % s.batch_size} - {0}
+        try:
+            with torch.cuda.device(self.train.device):
+                warm_up(
+                    self.model,
+                    sorted(sizes, reverse=True),
+                    precision=s.precision,
+                    counts=self.train.values is not None,
+                    lr=self.optimizer.param_groups[0]["lr"],
+                )
+        except Exception as error:  # the steps compile what they lack, and say what is wrong
+            warnings.warn(
+                f"fastvae: kernels must compile beforehand, got {error}; the steps compile them one by one",
+                stacklevel=4,
+            )
 
     def _out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.result.best_epoch >= patience

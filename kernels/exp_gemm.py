@@ -204,7 +204,7 @@ def _clicked_logits(
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _clicks_kernel(
     hidden_ptr, weight_ptr, bias_ptr, k_ptr, sums_ptr,  # inputs
     indptr_ptr, indices_ptr, values_ptr, rows_ptr,

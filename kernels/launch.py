@@ -6,12 +6,14 @@ Triton can compile in threads, where the arguments are known beforehand; tensors
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
+import triton
 from triton import AsyncCompileMode
+from triton.backends.compiler import GPUTarget
 
 _compiled_for: ContextVar[str | None] = ContextVar("fastvae_compiled_for", default=None)
 
@@ -28,14 +30,41 @@ def compiled_for() -> str | None:
 
 
 @contextlib.contextmanager
-def compiling(chip: str) -> Iterator[None]:
+def compiling(chip: str) -> Iterator[Callable[[], int]]:
     """Launches inside only compile, in as many threads as there are cores; all are done when the block ends.
+
+    Yields what counts the kernels so far.
 
     chip  row of tiles.TABLE; the instructions are those of the current GPU, or of Triton's active driver
     """
     token = _compiled_for.set(chip)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
-            yield
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+            yield lambda: len(mode.future_kernels)
     finally:
         _compiled_for.reset(token)
+
+
+class ChipDriver:
+    """What Triton asks of a driver to compile for a card that is not there; it launches nothing."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        """The chip to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+
+def without_gpu(capability: int) -> None:
+    """Let Triton compile for a CUDA card of this compute capability, 90 for an H100, where there is no GPU."""
+    # for the rest of the process: there is no driver to go back to
+    triton.runtime.driver.set_active(ChipDriver(capability))

@@ -62,7 +62,7 @@ def _row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED: tl.constexpr, INSIDE: t
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _exp_row_kernel(
     e_ptr,  # in place: logits without bias become D
     bias_ptr, indptr_ptr, indices_ptr, values_ptr, rows_ptr,  # inputs
@@ -123,7 +123,7 @@ def _exp_row_kernel(
         tl.store(e_ptrs, clicked, mask=n < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["dnll_ptr", "v_ptr"])
 def _scale_hidden_kernel(
     hidden_ptr, dnll_ptr, v_ptr,  # inputs
     scaled_ptr, factor_ptr,  # outputs

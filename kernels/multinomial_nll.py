@@ -68,7 +68,7 @@ def _multinomial_nll_split_kernel(
     tl.store(part_ptr + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _multinomial_nll_fwd_kernel(
     logits_ptr, parts_ptr, indptr_ptr, indices_ptr, values_ptr, rows_ptr,  # inputs
     nll_ptr, lse_ptr,  # outputs
@@ -107,7 +107,7 @@ def _multinomial_nll_fwd_kernel(
     tl.store(lse_ptr + tl.num_programs(0) + u, log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _multinomial_nll_bwd_kernel(
     logits_ptr, lse_ptr, dnll_ptr, indptr_ptr, indices_ptr, values_ptr, rows_ptr,  # inputs
     dlogits_ptr,  # outputs; may be logits_ptr

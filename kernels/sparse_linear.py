@@ -56,7 +56,7 @@ def _row_scale(
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _sparse_linear_fwd_kernel(
     indptr_ptr, indices_ptr, values_ptr, rows_ptr, weight_ptr, seed_ptr,  # inputs
     parts_ptr, scale_ptr,  # outputs; scale_ptr is read where NORMALIZE is None
@@ -94,7 +94,7 @@ def _sparse_linear_fwd_kernel(
     tl.store(parts_ptr + (u * n_splits + split) * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _sparse_linear_finish_kernel(
     indptr_ptr, rows_ptr, parts_ptr, bias_ptr,  # inputs
     y_ptr,  # outputs
@@ -115,7 +115,7 @@ def _sparse_linear_finish_kernel(
     tl.store(y_ptr + u * N_HIDDEN + d, acc, mask=d < N_HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _sparse_linear_bwd_weight_kernel(
     indptr_ptr, indices_ptr, values_ptr, rows_ptr, dpre_ptr, seed_ptr, scale_ptr,  # inputs
     dweight_ptr,  # outputs; starts as zeros
@@ -145,7 +145,7 @@ def _sparse_linear_bwd_weight_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _mark_clicks_kernel(
     indptr_ptr, indices_ptr, rows_ptr, seed_ptr,  # inputs
     marks_ptr,  # outputs; starts as zeros
@@ -183,7 +183,7 @@ def _find_click(indptr_ptr, indices_ptr, rows_ptr, u, item, exists):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _sparse_linear_bwd_weight_ordered_kernel(
     indptr_ptr, indices_ptr, values_ptr, rows_ptr, dpre_ptr, scale_ptr, marks_ptr,  # inputs
     dweight_ptr,  # outputs

@@ -37,7 +37,7 @@ def _first_range(indptr_ptr, rows_ptr, u):
     return begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _click_products_kernel(
     indptr_ptr, indices_ptr, rows_ptr, weight_ptr, dpre_ptr, seed_ptr,  # inputs; rows are sorted
     dvalues_ptr,  # outputs
@@ -83,7 +83,7 @@ def _value_and_slope(values_ptr, dvalues_ptr, scale, n, end, TANH_INPUT: tl.cons
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _sparse_linear_bwd_values_kernel(
     indptr_ptr, values_ptr, rows_ptr, scale_ptr,  # inputs; rows are sorted
     dvalues_ptr,  # in: click products; out: gradients

@@ -51,3 +51,25 @@ def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: An
         raise ValueError(
             f"checkpoint has other items than the data, which has {other!r}: {run} was trained on other data"
         )
+
+
+def new_model(
+    command: str, model: str, hidden: str, latent: int, dropout: float, n_items: int
+) -> MultiVAE | MultiDAE:
+    if model not in ("vae", "dae"):
+        raise ValueError(f"{command}: model must be vae or dae, got {model}")
+    try:
+        widths = [] if hidden == "none" else [int(width) for width in hidden.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{command}: hidden must be widths such as 600 or 1000,600, or none, got {hidden}"
+        ) from None
+    p_dims = [latent, *widths[::-1], n_items]
+    dropout_enc = [dropout] + [0.0] * len(widths)
+    try:
+        return (MultiVAE if model == "vae" else MultiDAE)(p_dims, dropout_enc)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        # torch's words for too many bytes
+        raise ValueError(
+            f"{command}: hidden and latent must be widths whose weights fit in memory, got {p_dims}"
+        ) from error

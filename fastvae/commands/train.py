@@ -11,10 +11,9 @@ import typer
 
 from .. import console
 from ..data import Dataset
-from ..models import MultiDAE, MultiVAE
 from ..options import DatasetArg, Device, FitOptions, ModelOptions, with_options
 from ..train import fit
-from ._common import device_named
+from ._common import device_named, new_model
 
 
 @with_options
@@ -36,7 +35,7 @@ def train(
             "prepare it with a larger --heldout, or with --heldout 0 to train without validation"
         )
     torch.manual_seed(seed)
-    net = _model(**asdict(model_options), n_items=data.n_items).to(device_named(device))
+    net = new_model("train", **asdict(model_options), n_items=data.n_items).to(device_named(device))
     result = fit(
         net,
         data.train,
@@ -55,25 +54,3 @@ def train(
     console.say(
         f"{best}; wrote {run / 'best.pt'} and {run / 'curve.png'}; next: fastvae evaluate {run} {dataset}"
     )
-
-
-def _model(
-    model: str, hidden: str, latent: int, dropout: float, n_items: int
-) -> MultiVAE | MultiDAE:
-    if model not in ("vae", "dae"):
-        raise ValueError(f"train: model must be vae or dae, got {model}")
-    try:
-        widths = [] if hidden == "none" else [int(width) for width in hidden.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"train: hidden must be widths such as 600 or 1000,600, or none, got {hidden}"
-        ) from None
-    p_dims = [latent, *widths[::-1], n_items]
-    dropout_enc = [dropout] + [0.0] * len(widths)
-    try:
-        return (MultiVAE if model == "vae" else MultiDAE)(p_dims, dropout_enc)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        # torch's words for too many bytes
-        raise ValueError(
-            f"train: hidden and latent must be widths whose weights fit in memory, got {p_dims}"
-        ) from error

@@ -59,13 +59,6 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to compute in under autocast, or None outside it."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
 class without_autocast:
     """What is computed inside has settled its dtypes; a class, since a generator takes 3 us."""
 
@@ -73,7 +66,7 @@ class without_autocast:
         self.kind = device.type
 
     def __enter__(self) -> None:
-        self.was_on = torch.is_autocast_enabled(self.kind)
+        self.was_on = self.kind != "meta" and torch.is_autocast_enabled(self.kind)
         if self.was_on:
             torch.set_autocast_enabled(self.kind, False)
 

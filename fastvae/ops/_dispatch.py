@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,9 +38,32 @@ def needing_triton(op: str) -> Iterator[None]:
         ) from error
 
 
+# autocast's dtype, in a tuple, while steps on torch's meta device only compile the kernels of a GPU's
+_traced: ContextVar[tuple[torch.dtype | None, ...]] = ContextVar("fastvae_traced", default=())
+
+
+@contextlib.contextmanager
+def traced(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let tensors on the meta device take a GPU's way, as under its autocast in dtype."""
+    token = _traced.set((dtype,))
+    try:
+        yield
+    finally:
+        _traced.reset(token)
+
+
 def uses_kernels(t: Tensor) -> bool:
     """Whether the Triton kernels compute on this tensor; torch's own CPU kernels do otherwise."""
-    return t.is_cuda
+    return t.is_cuda or (t.is_meta and bool(_traced.get()))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to compute in under autocast, or None outside it."""
+    kind = device.type
+    if kind == "meta":
+        # torch has no autocast for it
+        return next(iter(_traced.get()), None)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def is_watched(args: tuple[Any, ...]) -> bool:

@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from .._shadows import shadow_of
-from ._checks import autocast_dtype
-from ._dispatch import is_watched, uses_kernels
+from ._dispatch import autocast_dtype, is_watched, uses_kernels
 
 HALF = (torch.bfloat16, torch.float16)
 

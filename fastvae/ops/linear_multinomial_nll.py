@@ -22,7 +22,6 @@ from .._shadows import shadow_of
 from ..clicks import Clicks, Csr
 from . import _linear_multinomial_nll_cpu as cpu_way
 from ._checks import (
-    autocast_dtype,
     check_devices,
     check_dtypes,
     check_kernel_dtypes,
@@ -31,7 +30,7 @@ from ._checks import (
     sum_dtype,
     without_autocast,
 )
-from ._dispatch import Op, needing_triton, uses_kernels
+from ._dispatch import Op, autocast_dtype, needing_triton, uses_kernels
 
 MAX_BYTES = 4 * 2**30
 

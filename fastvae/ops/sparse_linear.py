@@ -17,14 +17,13 @@ from .._shadows import shadow_of
 from ..clicks import Clicks, dtype_name
 from . import _buffers
 from ._checks import (
-    autocast_dtype,
     check_devices,
     check_dtypes,
     check_kernel_dtypes,
     check_tensor,
     sum_dtype,
 )
-from ._dispatch import Op, needing_triton, uses_kernels
+from ._dispatch import Op, autocast_dtype, needing_triton, uses_kernels
 from ._dropout import dropout_keep
 from ._rows import Rows
 
