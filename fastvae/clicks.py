@@ -222,7 +222,8 @@ class Clicks:
         if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < self.n_users:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"Clicks: rows must lie in [0, {self.n_users}), got {bad}")
-        ids = ids.to(self.device)
+        # memory of its own: whoever fills an array of ids anew would choose other rows, which nobody has checked
+        ids = ids.clone() if ids.device == self.device else ids.to(self.device)
         row_ids = ids if self.row_ids is None else self.row_ids.index_select(0, ids)
         return self._like(self.indptr, self.indices, self.values, self.n_items, row_ids)
 

@@ -8,10 +8,12 @@ Every step is a plain torch op on the model's device. recommend.py and evaluate.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -105,18 +107,33 @@ def _scores_of(keys: Tensor) -> Tensor:
 # scores of blocks of users
 
 
+class _Evaluated:
+    """The models that are in eval mode for a call, with the modes of before: several threads may share a model."""
+
+    lock = threading.Lock()
+    modes: ClassVar[dict[nn.Module, list[tuple[nn.Module, bool]]]] = {}
+    calls: ClassVar[Counter[nn.Module]] = Counter()
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module has its own training flag back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Eval mode without gradients; after the last thread's block each module has its own training flag back."""
+    with _Evaluated.lock:
+        if not _Evaluated.calls[model]:
+            _Evaluated.modes[model] = [(module, module.training) for module in model.modules()]
+        _Evaluated.calls[model] += 1
+        model.eval()
     try:
         # not inference_mode: what a model keeps from a call (a cast, a transpose) must serve training later
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _Evaluated.lock:
+            _Evaluated.calls[model] -= 1
+            if not _Evaluated.calls[model]:
+                del _Evaluated.calls[model]
+                for module, training in _Evaluated.modes.pop(model):
+                    module.training = training
 
 
 def check_model(where: str, model: Any) -> int:

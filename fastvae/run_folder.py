@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._checks import shown
 from ._files import locked, naming, remove_leftovers, write_text
 from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
@@ -195,7 +196,8 @@ def _check_reloadable(model: MultiVAE | MultiDAE) -> None:
             "load_model could not make it again"
         )
     with torch.device("meta"):
-        plain = type(model)(**model.config()).state_dict()
+        again = type(model)(**model.config())
+    plain = again.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
     for key in dict.fromkeys([*shapes, *plain]):
         if key not in plain or shapes.get(key) != plain[key].shape:
@@ -204,14 +206,28 @@ def _check_reloadable(model: MultiVAE | MultiDAE) -> None:
                 f"fit: model must have the weights of a plain {type(model).__name__} where run_dir is given, got one "
                 f"that {what} {key}; load_model could not make it again"
             )
-    for name, layer in model.named_modules():
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-        plain_layer = type(layer).forward is nn.Linear.forward and not hooked
-        if name.rpartition(".")[2].startswith("linear_") and not plain_layer:
-            raise ValueError(
-                f"fit: model must have plain layers where run_dir is given, got {name} of another class or with hooks; "
-                "load_model could not make it again"
-            )
+    parts = dict(model.named_modules())
+    for name, part in again.named_modules():
+        _check_part(name or type(model).__name__, parts[name], part)
+
+
+def _check_part(name: str, part: nn.Module, plain: nn.Module) -> None:
+    """ValueError unless part of a model computes what plain does with the same weights."""
+    hooked = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    if hooked or type(part).forward is not type(plain).forward:
+        raise ValueError(
+            f"fit: model must have plain layers where run_dir is given, got {name} of another class or with hooks; "
+            "load_model could not make it again"
+        )
+    for setting, value in vars(plain).items():
+        is_plain = isinstance(value, bool | int | float | str | list)
+        if is_plain and setting[0] != "_" and setting != "training":
+            now = getattr(part, setting)
+            if now != value:
+                raise ValueError(
+                    f"fit: model must be as its arguments say where run_dir is given, got {setting} {shown(now)} for "
+                    f"{shown(value)} in {name}; load_model could not make it again"
+                )
 
 
 def advice(run: RunFolder | None) -> str:

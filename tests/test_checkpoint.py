@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_clicks, run_child
+from helpers import Labelled, random_clicks, run_child
 
 from fastvae import Clicks, MultiDAE, MultiVAE, fit, load_model, recommend
 from fastvae.checkpoint import read_checkpoint, write_checkpoint
@@ -330,6 +330,15 @@ def test_layers_are_counted_as_numbers(tmp_path):
 
 def test_item_ids_that_are_numbers_are_kept_as_text(tmp_path):
     assert load_model(saved(tmp_path, [10, 20, 30, 40, 50]))[1] == ["10", "20", "30", "40", "50"]
+
+
+def test_item_ids_go_by_their_position_and_need_one(tmp_path):
+    assert load_model(saved(tmp_path, Labelled(list("edcba"))))[1] == list("edcba")
+    for ids, got in (({"a": 1, "b": 0}, "dict"), (set("abcde"), "set"), ("abcde", "str")):
+        with pytest.raises(
+            TypeError, match=rf"^checkpoint: items must be ids .* got {got}; pass a"
+        ):
+            saved(tmp_path, ids)
 
 
 def test_sparse_weights_are_refused(tmp_path):

@@ -418,6 +418,14 @@ def test_expanded_row_ids_choose_one_row_often():
     assert_is(rows, DENSE[[2, 2, 2]])
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_rows_stay_those_that_were_chosen(make):
+    ids = make([2, 0])
+    rows = Clicks.from_matrix(DENSE).rows(ids)
+    ids[:] = 99  # a buffer that is filled anew
+    assert_is(rows, DENSE[[2, 0]])
+
+
 def test_to_takes_non_blocking():
     assert_is(Clicks.from_matrix(DENSE).to("cpu", non_blocking=True), DENSE)
     assert_is(Clicks.from_matrix(DENSE).rows([2, 0]).to("cpu", True), DENSE[[2, 0]])

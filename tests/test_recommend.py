@@ -1,6 +1,7 @@
 """Recommendations: seen items are gone, and nothing depends on blocks, duplicates or padding."""
 
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -225,6 +226,27 @@ def test_modes_come_back_after_an_error():
     with pytest.raises(KeyError):
         recommend(model, Clicks([0, 0], [], n_items=5))
     assert model.training and torch.is_grad_enabled()
+
+
+def test_modes_come_back_after_the_last_of_several_threads():
+    inside, done = threading.Barrier(2, timeout=60), threading.Event()
+
+    class Waiting(Linear):
+        def forward(self, clicks):
+            inside.wait()
+            if threading.current_thread() is late:
+                assert done.wait(60)
+            modes.append(self.training)
+            return super().forward(clicks)
+
+    model, clicks, modes = Waiting(5).train(), Clicks([0, 0], [], n_items=5), []
+    late = threading.Thread(target=recommend, args=(model, clicks))
+    late.start()
+    recommend(model, clicks)
+    assert not model.training, "the other thread is not done"
+    done.set()
+    late.join()
+    assert modes == [False, False] and model.training
 
 
 def test_the_models_own_tensor_is_not_written():

@@ -396,6 +396,39 @@ def test_a_layer_that_computes_more_than_its_weights_say_is_refused_too(tmp_path
     fit(net, *learnable(), epochs=1)  # without a folder it trains
 
 
+@pytest.mark.parametrize("part", ["decode", "encode", ""])
+def test_a_part_that_computes_more_than_its_layers_is_refused_too(tmp_path, part):
+    net = model()
+    net.get_submodule(part).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError) as caught:
+        fit(net, *learnable(), epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value) == (
+        f"fit: model must have plain layers where run_dir is given, got {part or 'MultiVAE'} of another class "
+        "or with hooks; load_model could not make it again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "then"),
+    [
+        ("encode", "tanh_after_dropout", True, "False"),
+        ("decode", "activation", "relu", "'tanh'"),
+        ("encode.q_layers", "dropout", [0.1, 0.0], "[0.5, 0.0]"),
+    ],
+)
+def test_a_part_that_is_set_otherwise_than_the_models_arguments_say_is_refused(
+    tmp_path, part, setting, value, then
+):
+    net = model()
+    setattr(net.get_submodule(part), setting, value)
+    with pytest.raises(ValueError) as caught:
+        fit(net, *learnable(), epochs=1, run_dir=tmp_path / "run")
+    assert str(caught.value) == (
+        f"fit: model must be as its arguments say where run_dir is given, got {setting} {value!r} for {then} in "
+        f"{part}; load_model could not make it again"
+    )
+
+
 def test_what_leaves_no_trace_in_the_weights_trains_into_a_run_folder(tmp_path):
     net, run = model(), tmp_path / "run"
     net.register_buffer("scratch", torch.zeros(3), persistent=False)
