@@ -53,6 +53,7 @@ CAUSES = {
     "data.py": "Splits",
     "dataset_folder.py": "Dataset folders",
     "recbole.py": "In RecBole",
+    "lenskit.py": "In LensKit",
     "_checks.py": "Arguments of every function",
     "synthetic.py": "Made-up clicks",
     "commands/": "The command",
