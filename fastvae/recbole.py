@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ._checks import check_number
 from ._draws import Drawing
+from .adam import Adam
 from .clicks import Clicks
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent, sparse_linear
 from .ops._linear import is_only, linear
@@ -209,6 +210,18 @@ def _linears(part: nn.Module) -> list[nn.Linear]:
     return [module for module in part.modules() if isinstance(module, nn.Linear)]
 
 
+_build_optimizer_of_recbole = Trainer._build_optimizer
+
+
+def _build_optimizer(self: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """RecBole's; its Adam, which takes .4 of a step on small data, becomes fastvae's of the same update and state."""
+    optimizer = _build_optimizer_of_recbole(self, **kwargs)
+    if type(optimizer) is not torch.optim.Adam or not isinstance(self.model, _OnClicks):
+        return optimizer
+    (group,) = optimizer.param_groups
+    return optimizer if group["weight_decay"] else Adam(group["params"], lr=group["lr"])
+
+
 class _Settings(Config):
     """A Config read from a checkpoint: RecBole's constructor would evaluate texts in it as Python."""
 
@@ -247,11 +260,12 @@ def _take_the_places() -> None:
         model.__module__ = module.__name__
         setattr(module, name, model)
         setattr(models_of_recbole, name, model)
+    Trainer._build_optimizer = _build_optimizer
+    Trainer._save_checkpoint = _save_checkpoint
 
 
 def _let_checkpoints_load() -> None:
     """Let torch.load read what RecBole's checkpoints hold beside tensors, and nothing that runs code."""
-    Trainer._save_checkpoint = _save_checkpoint
     kinds = [kind for kind in vars(enums_of_recbole).values() if isinstance(kind, type)]
     enums = [kind for kind in kinds if issubclass(kind, Enum)]
     number = np.float64(0)

@@ -20,6 +20,7 @@ from recbole.trainer import trainer as trainers
 from recbole.utils import get_flops, get_model, init_seed
 
 import fastvae.recbole as ours
+from fastvae import Adam
 
 N_USERS, N_ITEMS = 60, 40
 NAMES = ["MultiVAE", "MultiDAE"]
@@ -285,3 +286,23 @@ def test_a_small_model_learns_as_recboles_does():
         means.append(np.mean(found))
     # 29.8 at the start, 24.0 after; a seed moves it by .07
     assert means[0] == pytest.approx(means[1], abs=0.2) and means[1] < 25
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"learner": "sgd"}], ids=str)
+def test_the_optimiser_is_recboles_or_one_of_the_same_update(settings):
+    config, (train, *_) = prepared("MultiDAE", dropout_prob=0.0, **settings)
+    mine = Trainer(config, made(ours.MultiDAE, config, train))
+    theirs = of_recbole(trainers).Trainer(config, made(class_of_recbole("MultiDAE"), config, train))
+    assert type(mine.optimizer) is (type(theirs.optimizer) if settings else Adam)
+    users = Interaction({"user_id": torch.arange(N_USERS + 1)})
+    for _ in range(3):
+        for trainer in (mine, theirs):
+            trainer._train_epoch([users], 0)
+    for a, b in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    for group, other in zip(
+        mine.optimizer.param_groups, theirs.optimizer.param_groups, strict=True
+    ):
+        assert group["lr"] == other["lr"]
+    other_model = Trainer(config, made(class_of_recbole("MultiDAE"), config, train))
+    assert type(other_model.optimizer) is type(theirs.optimizer)
