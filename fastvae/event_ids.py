@@ -11,7 +11,8 @@ from .event_table import Table, import_polars
 
 # words that programs write where there is no id, in lower case
 _NO_ID = (
-    "na", "n/a", "#n/a", "<na>", "nan", "nat", "nil", "null", "(null)", "none", "undefined", "\\n",
+    "na", "n/a", "#n/a", "<na>", "nan", "nat", "nil", "null", "(null)", "none", "(none)", "undefined", "\\n", "-", "--",
+    "?", ".", "unknown", "missing", "(not set)", "not set", "#ref!", "#value!",
 )  # fmt: skip
 _DATE = (
     r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}"
@@ -25,6 +26,8 @@ _KINDS = {
     "lists": r"^[\[({]?\s*[a-zA-Z]?\d+([\s,;|]+[a-zA-Z]?\d+)+\s*[\])}]?$",
     "pairs of an id and a value": r"^\d+:-?\d+(\.\d+)?$",
 }
+# those of them that are several ids in one field
+_SEVERAL_IDS = ("lists", "pairs of an id and a value")
 _NUMBER = r"^-?\d+(\.\d*)?([eE][-+]?\d+)?$"
 _FRACTION = r"\.\d*[1-9]"
 # what columns of events say, in lower case; also of Taobao's and OTTO's logs
@@ -41,16 +44,23 @@ _LARGE_SHARE, _MANY_USERS = 0.1, 50
 
 
 def check_guessed(role: str, ids: Any, table: Table, column: int, n_events: int) -> None:
-    """ValueError where a column that nobody named holds times, fractions or lists.
+    """ValueError where a column that nobody named holds lists, or without a header times or fractions.
 
     ids  distinct texts of the column, a polars Series
     """
     kind = _kind(ids, n_events)
-    if kind is not None:
+    if kind is None or (table.header and kind not in _SEVERAL_IDS):
+        return
+    shown = f"{kind} such as {ids[0][:40]!r} in column {table.names[column]}"
+    if table.header:
         raise ValueError(
-            f"events: {role} must be a column of ids where {table.path.name} has no header, got {kind} such as "
-            f"{ids[0][:40]!r} in column {table.names[column]}; name the columns of user and item by their numbers"
+            f"events: {role} must be a column of ids, got {shown} of {table.path.name}; "
+            "write a line for each user and item, or name the column"
         )
+    raise ValueError(
+        f"events: {role} must be a column of ids where {table.path.name} has no header, got {shown}; "
+        "name the columns of user and item by their numbers"
+    )
 
 
 def _kind(ids: Any, n_events: int) -> str | None:
@@ -72,28 +82,33 @@ def _kind(ids: Any, n_events: int) -> str | None:
 
 
 def check_lines(table: Table, users: Any) -> None:
-    """ValueError where a file whose columns nobody named has a line for each user, with a list of items: equally long
-    lists look like a table.
+    """ValueError where a file whose columns nobody named has no user twice, and what follows looks like lists of items.
+
+    Lists of one length look like a table. Where there are many lines, what comes once on each is no user anyway.
 
     users  of the events, a polars Series of text
     """
     n = len(table.names)
     if table.header or n < 3 or len(users) < 2 or users.n_unique() < len(users):
         return
-    columns = {str(k): k for k in range(n)}
-    numbers = table.collect(
-        columns, lambda texts: texts.head(1000).cast(import_polars().Int64, strict=False)
-    )
-    if any(numbers.null_count().row(0)):
+    if not (_are_lists(table) or len(users) >= _MANY_USERS):
         return
-    highest = numbers.select(import_polars().all().max()).row(0)
+    raise ValueError(
+        f"events: file must have a line for each user and item where it has no header, got {n} fields on each line and "
+        f"no user twice in {table.path.name}; write lists as pairs, or name the columns of user and item by their numbers"
+    )
+
+
+def _are_lists(table: Table) -> bool:
+    """Whether the fields behind the first are all whole numbers, and look like items."""
+    pl = import_polars()
+    items = {str(k): k for k in range(1, len(table.names))}
+    numbers = table.collect(items, lambda texts: texts.head(1000).cast(pl.Int64, strict=False))
+    if any(numbers.null_count().row(0)):
+        return False
+    highest = numbers.select(pl.all().max()).row(0)
     # ratings beside larger items, and seconds since 1970
-    is_log = max(highest[2:3]) <= 10 < highest[1] or max(highest) > 4e8
-    if not is_log:
-        raise ValueError(
-            f"events: file must have a line for each user and item, got {n} numbers on each line and no user twice in "
-            f"{table.path.name}; write the lists as pairs, or name the columns of user and item by their numbers"
-        )
+    return not (highest[1] <= 10 < highest[0] or max(highest) > 4e8)
 
 
 def kinds_of_events(table: Table, taken: set[int]) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ _GUESSES = {
     "animeid gameid newsid articleid videoid businessid locationid venueid courseid sku sid i",
     "rating": "rating ratings score stars overall bookrating reviewscore playcount plays",
     "label": "label isclick isclicked click clicked islike isliked like liked target isbuy isbought bought ispurchase "
-    "purchased iswatched watched isconversion converted conversion isrelevant relevant",
+    "purchased iswatched watched isconversion converted conversion isrelevant relevant isattributed islistened",
+    "quantity": "quantity qty units count counts amount",
     "kind": "eventtype eventname behavior behaviour behaviortype action actiontype interaction interactiontype",
     "title": "title movietitle itemtitle name itemname trackname",
 }

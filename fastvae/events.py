@@ -5,6 +5,7 @@ Ids stay the text that is written; what is dropped is counted by reason.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ def read_events(
         )
     frame, kept, ids, words = _drop_words(pl, frame)
     for role, wanted in (("user", user), ("item", item)):
-        if wanted is None and not table.header:
+        if wanted is None:
             check_guessed(role, ids[role], table, columns[role], len(kept))
     if user is None and item is None:
         check_lines(table, kept["user"])
@@ -204,12 +205,16 @@ def _line_ends(pl: Any, table: Table, frame: Any) -> dict[str, int]:
 
 
 def _labels_of_0(pl: Any, table: Table, columns: dict[str, int]) -> list[dict[str, Any]]:
-    """Columns such as is_click that were not asked for, and how many events they call no click."""
+    """Columns such as is_click or quantity that were not asked for, and how many events they call no click."""
     found = []
-    for k in (set(table.all_of("label")) & table.scalars()) - set(columns.values()):
-        n = table.collect({"label": k}, lambda texts: _count_labels(pl, texts)).row(0, named=True)
-        if n["no"] and n["yes"] and n["no"] + n["yes"] == n["all"]:
-            found.append({"column": table.names[k], "events": n["no"]})
+    for k in table.scalars() - set(columns.values()):
+        for role in ("label", "quantity"):
+            if k in table.all_of(role):
+                count = _count_labels if role == "label" else _count_quantities
+                query = functools.partial(count, pl)
+                n = table.collect({role: k}, query).row(0, named=True)
+                if n["no"] and n["yes"] and n["no"] + n["yes"] == n["all"]:
+                    found.append({"column": table.names[k], "events": n["no"]})
     return sorted(found, key=lambda label: label["column"])
 
 
@@ -217,6 +222,12 @@ def _count_labels(pl: Any, texts: Any) -> Any:
     label = pl.col("label").str.strip_chars().str.to_lowercase()
     yes, no = ("1", "1.0", "true", "yes", "y"), ("0", "0.0", "-1", "-1.0", "false", "no", "n")
     return texts.select(yes=label.is_in(yes).sum(), no=label.is_in(no).sum(), all=label.count())
+
+
+def _count_quantities(pl: Any, texts: Any) -> Any:
+    # shops write what was sent back as less than 0
+    number = _number(pl, pl.col("quantity").str.strip_chars())
+    return texts.select(yes=(number > 0).sum(), no=(number <= 0).sum(), all=number.count())
 
 
 def _encode(

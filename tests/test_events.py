@@ -164,12 +164,31 @@ def test_a_guessed_column_of_times_fractions_or_lists_is_refused_unless_named(tm
     assert read_events(path, user="1", item="2").x.nnz >= 12
 
 
+@pytest.mark.parametrize("items", ["1 2 3", "[4, 5]", "N1 N2", "{1;2}", "7:1"])
+def test_a_guessed_column_of_lists_is_refused_under_its_name_too(tmp_path, items):
+    path = write(tmp_path, "log.csv", f'user_id,item_id\nu1,"{items}"\nu2,"{items}"\n')
+    with pytest.raises(ValueError) as error:
+        read_events(path)
+    kind = "pairs of an id and a value" if ":" in items else "lists"
+    assert str(error.value) == (
+        f"events: item must be a column of ids, got {kind} such as {items!r} in column item_id of log.csv; "
+        "write a line for each user and item, or name the column"
+    )
+    assert read_events(path, item="item_id").items.tolist() == [items]
+
+
 def test_a_guessed_column_of_users_is_looked_at_too(tmp_path):
     # retailrocket without its header: time, visitor, event, item
     lines = "".join(f"{1433221332117 + 7 * k},{k},view,355908\n" for k in range(40))
     path = write(tmp_path, "log.csv", lines)
     with pytest.raises(ValueError, match=r"^events: user must be a column of ids .* column 1"):
         read_events(path)
+    # a test file of NeuMF: (user, item), and items that the user has not clicked
+    pairs = write(tmp_path, "pairs.txt", "(0,25)\t1064\t174\n(1,133)\t1072\t3154\n")
+    with pytest.raises(
+        ValueError, match=r"^events: user must .* got lists such as '\(0,25\)' in col"
+    ):
+        read_events(pairs)
     assert read_events(path, user="2", item="4").items.tolist() == ["355908"]
 
 
@@ -188,17 +207,24 @@ def test_ids_that_look_a_little_like_times_or_numbers_are_ids(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["0 1 2 3\n1 4 5 6\n", "0\t1\t2\n1\t3\t4\n2\t1\t9\n", "7,30,2\n9,40,21\n"],
-    ids=["spaces", "tabs", "commas"],
+    [
+        "0 1 2 3\n1 4 5 6\n",
+        "0\t1\t2\n1\t3\t4\n2\t1\t9\n",
+        "7,30,2\n9,40,21\n",
+        "ann\t1064\t174\t2791\nbob\t1072\t3154\t3368\n",
+        # MIND: an impression on each line
+        "".join(f"{k},U{k % 9},N{k}-1\n" for k in range(60)),
+    ],
+    ids=["spaces", "tabs", "commas", "names", "impressions"],
 )
 def test_lists_of_one_length_are_refused_unless_the_columns_are_named(tmp_path, text):
     path = write(tmp_path, "lists.txt", text)
     with pytest.raises(ValueError) as error:
         read_events(path)
-    n = len(re.split(r"\W", text.splitlines()[0]))
+    n = len(re.split(r"[\s,]", text.splitlines()[0]))
     assert str(error.value) == (
-        f"events: file must have a line for each user and item, got {n} numbers on each line and no user twice in "
-        "lists.txt; write the lists as pairs, or name the columns of user and item by their numbers"
+        f"events: file must have a line for each user and item where it has no header, got {n} fields on each line "
+        "and no user twice in lists.txt; write lists as pairs, or name the columns of user and item by their numbers"
     )
     assert read_events(path, user="1", item="2").x.nnz == len(text.splitlines())
 
@@ -227,7 +253,21 @@ def test_whether_there_is_a_header_is_in_the_info(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["NA", "NULL", "None", "nan", "\\N", "N/A", " null ", "<NA>", "undefined"]
+    "word",
+    [
+        "NA",
+        "NULL",
+        "None",
+        "nan",
+        "\\N",
+        "N/A",
+        " null ",
+        "<NA>",
+        "undefined",
+        "(not set)",
+        "-",
+        "Unknown",
+    ],
 )
 @pytest.mark.parametrize("role", ["user", "item"])
 def test_a_word_for_no_id_is_missing_where_all_other_ids_have_digits(tmp_path, role, word):
@@ -284,6 +324,18 @@ def test_impressions_that_are_read_as_clicks_are_pointed_out(tmp_path, name, yes
     assert events.info["source"]["labels_of_0"] == [{"column": name, "events": 2}]
     asked = read_events(path, rating=name, min_rating=1)
     assert pairs_of(asked) == [("1", "a")] and asked.info["source"]["labels_of_0"] == []
+
+
+def test_quantities_that_were_sent_back_are_pointed_out(tmp_path):
+    text = "user,item,Quantity\nu,a,6\nu,b,-1\nv,a,0\nv,b,\n"
+    path = write(tmp_path, "log.csv", text)
+    assert read_events(path).info["source"]["labels_of_0"] == [{"column": "Quantity", "events": 2}]
+    asked = read_events(path, rating="Quantity", min_rating=1)
+    assert pairs_of(asked) == [("u", "a")] and asked.info["source"]["labels_of_0"] == []
+    for values in ("1,2", "-1,-2", "1,many"):
+        one, two = values.split(",")
+        path = write(tmp_path, "log.csv", f"user,item,count\nu,a,{one}\nu,b,{two}\n")
+        assert read_events(path).info["source"]["labels_of_0"] == []
 
 
 def test_a_column_called_label_that_holds_something_else_is_no_label(tmp_path):
