@@ -60,6 +60,17 @@ def backward_of_mean(
         weight.grad = gradient
 
 
+def lay_out_gradients(weights: Sequence[Tensor]) -> None:
+    """Bring each gradient into the order of its weight's memory, as torch's own backward does.
+
+    torch's fused optimisers read both one number after the other, whatever their strides say.
+    """
+    for weight in weights:
+        gradient = weight.grad
+        if gradient is not None and gradient.stride() != weight.stride():
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+
+
 class GraphedStep:
     """One training step on a batch of clicks, for loops of one's own; on a GPU it becomes a CUDA graph by itself.
 
@@ -167,6 +178,8 @@ class GraphedStep:
             if not nll.is_cuda:
                 self._check(terms, len(clicks))
             backward_of_mean(nll, kld, self.beta, weights)
+            if not isinstance(self.optimizer, Adam):
+                lay_out_gradients(weights)
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(weights, self.max_norm)
             self.optimizer.step()

@@ -67,6 +67,48 @@ def test_the_backward_leaves_gradients_as_they_come():
     assert weight.grad.data_ptr() == wide.data_ptr() and frozen.grad is None
 
 
+def with_parametrization(net):
+    torch.nn.utils.parametrizations.weight_norm(net.encode.q_layers.linear_0)
+
+
+def with_a_row_major_first(net):
+    layer = net.encode.q_layers.linear_0
+    layer.weight = torch.nn.Parameter(layer.weight.detach().contiguous())
+
+
+def with_an_item_minor_last(net):
+    layer = net.decode.output
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, Adam])
+@pytest.mark.parametrize(
+    "change",
+    [lambda net: None, with_parametrization, with_a_row_major_first, with_an_item_minor_last],
+)
+def test_gradients_of_another_order_than_their_weights_are_taken_right(make, change):
+    """torch's fused optimisers read weight and gradient one number after the other, whatever their strides."""
+    clicks, finals = random_clicks([3, 9, 1], N_ITEMS), []
+    for way in ("step", "loop"):
+        net = model().eval()
+        change(net)
+        if way == "step":
+            fused = {} if make is Adam else {"fused": True}
+            step = GraphedStep(net, make(net.parameters(), lr=0.1, **fused))
+            for _ in range(3):
+                step(clicks, 0.2)
+        else:
+            make_plain = torch.optim.Adam if make is Adam else make
+            optimizer = make_plain(net.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                net.loss(clicks, 0.2).backward()
+                optimizer.step()
+        finals.append(weights(net))
+    for key, value in finals[1].items():
+        torch.testing.assert_close(finals[0][key], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
     terms, seen = MultiVAE.loss_terms, []
