@@ -184,13 +184,15 @@ def _histories(histories: Any, items: list[Any] | None) -> tuple[Clicks, np.ndar
             "recommend: items must be the external item ids where histories are lists, got None"
         )
     for history in histories:
-        if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
+        if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
             got = type(history).__name__
             raise TypeError(
                 f"recommend: histories must be lists of item ids, got one that is {got}; wrap it in a list"
             )
     index = {str(item): position for position, item in enumerate(items)}
-    rows = [[index.get(str(item), -1) for item in history] for history in histories]
+    # torch's own list holds plain numbers; a tensor's parts have no ids for text
+    lists = (h.tolist() if isinstance(h, Tensor) else h for h in histories)
+    rows = [[index.get(str(item), -1) for item in history] for history in lists]
     flat = np.fromiter(chain.from_iterable(rows), np.int64)
     users = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64))
     known = flat >= 0

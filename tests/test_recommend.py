@@ -166,6 +166,26 @@ def test_an_item_twice_in_a_history_counts_once():
     assert model.batches[0].rows([0]).to_dense().tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    "history",
+    [
+        [10, 30],
+        (30, "10"),
+        {10, 30},
+        torch.tensor([10, 30]),
+        np.array([30, 10], np.int16),
+        np.array(["10", "30"]),
+        {10: 0, 30: 0}.keys(),
+        iter([10, 30]),
+        Labelled([30, 10]),
+    ],
+    ids=["list", "tuple", "set", "tensor", "array", "texts", "keys", "iterator", "labelled"],
+)
+def test_a_history_may_be_any_container_of_ids(history):
+    found = recommend(Fixed(3.0, 2.0, 1.0), [history], k=3, items=[10, 20, 30])
+    assert found.external() == [[20]] and found.n_unknown == 0
+
+
 def test_unknown_ids_are_counted_and_reported():
     histories = [["a", "x"], [], ["y", "x", "b"]]
     expected = (
