@@ -82,6 +82,11 @@ def note_doubts(log: Events) -> None:
             f"{source['ids_with_spaces']:,} ids have spaces around them, which are part of an id; "
             "another log must have them too"
         )
+    if source.get("rounded_ids"):
+        note(
+            f"{source['rounded_ids']:,} ids are numbers such as 1.23E+11, as spreadsheets shorten them; different ids may "
+            "have become the same, so export the log anew with its ids as text"
+        )
     _note_line_ends(source)
     if source.get("kept_without_a_number"):
         note(

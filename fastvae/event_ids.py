@@ -82,33 +82,37 @@ def _kind(ids: Any, n_events: int) -> str | None:
 
 
 def check_lines(table: Table, users: Any) -> None:
-    """ValueError where a file whose columns nobody named has no user twice, and what follows looks like lists of items.
+    """ValueError where the lines of a file whose columns nobody named look like lists of items, or like a matrix's rows.
 
-    Lists of one length look like a table. Where there are many lines, what comes once on each is no user anyway.
+    Lists of one length look like a table, save that no user comes twice. Where there are many lines, what comes once on
+    each is no user anyway.
 
     users  of the events, a polars Series of text
     """
-    n = len(table.names)
-    if table.header or n < 3 or len(users) < 2 or users.n_unique() < len(users):
+    pl, n = import_polars(), len(table.names)
+    if table.header or n < 3 or len(users) < 2:
         return
-    if not (_are_lists(table) or len(users) >= _MANY_USERS):
+    fields = {str(k): k for k in range(n)}
+    numbers = table.collect(fields, lambda texts: texts.head(1000).cast(pl.Int64, strict=False))
+    highest = numbers.select(pl.all().max()).row(0)
+    n_missing = numbers.null_count().row(0)
+    if not any(n_missing) and max(highest) <= 1 and min(numbers.select(pl.all().min()).row(0)) >= 0:
+        got, advice = "nothing but 0 and 1", "write a matrix as pairs"
+    elif users.n_unique() < len(users):
+        return
+    elif len(users) >= _MANY_USERS or (not any(n_missing[1:]) and _are_items(*highest[1:])):
+        got, advice = "no user twice", "write lists as pairs"
+    else:
         return
     raise ValueError(
         f"events: file must have a line for each user and item where it has no header, got {n} fields on each line and "
-        f"no user twice in {table.path.name}; write lists as pairs, or name the columns of user and item by their numbers"
+        f"{got} in {table.path.name}; {advice}, or name the columns of user and item by their numbers"
     )
 
 
-def _are_lists(table: Table) -> bool:
-    """Whether the fields behind the first are all whole numbers, and look like items."""
-    pl = import_polars()
-    items = {str(k): k for k in range(1, len(table.names))}
-    numbers = table.collect(items, lambda texts: texts.head(1000).cast(pl.Int64, strict=False))
-    if any(numbers.null_count().row(0)):
-        return False
-    highest = numbers.select(pl.all().max()).row(0)
-    # ratings beside larger items, and seconds since 1970
-    return not (highest[1] <= 10 < highest[0] or max(highest) > 4e8)
+def _are_items(first: int, second: int, *others: int) -> bool:
+    """Whether columns with these largest numbers may all hold items: not a rating, nor seconds since 1970."""
+    return not (second <= 10 < first or max(first, second, *others) > 4e8)
 
 
 def kinds_of_events(table: Table, taken: set[int]) -> list[dict[str, Any]]:
@@ -172,3 +176,8 @@ def n_quoted(ids: Any) -> int:
 def n_spaced(ids: Any) -> int:
     """How many of the ids begin or end with white space that belongs to them."""
     return int((ids.str.strip_chars() != ids).sum())
+
+
+def n_rounded(ids: Any) -> int:
+    """How many of the ids are numbers as spreadsheets shorten them, 1.23E+11: others may have become the same."""
+    return int(ids.str.contains(r"^\s*\d+(\.\d+)?[eE]\+\d+\s*$").sum())

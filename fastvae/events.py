@@ -19,6 +19,7 @@ from .event_ids import (
     check_lines,
     kinds_of_events,
     n_quoted,
+    n_rounded,
     n_spaced,
     no_ids,
     suspects,
@@ -88,7 +89,7 @@ def read_events(
 
     info["source"] holds what may have been meant otherwise: perhaps_no_ids, labels_of_0 (columns such as is_click
     that were not asked for), kinds_of_events (columns of view, cart, purchase), quoted_ids, ids_with_spaces,
-    line_ends_in_ids, kept_without_a_number. The command says these aloud.
+    rounded_ids (1.23E+11), line_ends_in_ids, kept_without_a_number. The command says these aloud.
     Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
     in a column that was taken for ids by its place; ImportError without polars.
     """
@@ -127,6 +128,7 @@ def read_events(
         "kinds_of_events": kinds_of_events(table, set(columns.values())),
         "quoted_ids": sum(n_quoted(ids[role]) for role in _ROLES),
         "ids_with_spaces": sum(n_spaced(ids[role]) for role in _ROLES),
+        "rounded_ids": sum(n_rounded(ids[role]) for role in _ROLES),
     }
     info = {
         "n_events": len(frame),

@@ -35,6 +35,11 @@ NOTES = {
         "column 'is_click' says no for 2 of 3 events, which were read as clicks all the same; "
         "--rating is_click --min-rating 1 leaves them out\n",
     ),
+    "rounded.csv": (
+        "user,item\n1.23E+11,a\n1e+20,a\n12e4,b\n",
+        "2 ids are numbers such as 1.23E+11, as spreadsheets shorten them; different ids may have become the same, "
+        "so export the log anew with its ids as text\n",
+    ),
     "kinds.csv": (
         "user,item,event\nu,a,view\nu,b,cart\nv,a,view\n",
         "column event says that events are of 2 kinds, 'view' (2), 'cart' (1), which were all read as clicks; "

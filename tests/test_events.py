@@ -229,10 +229,23 @@ def test_lists_of_one_length_are_refused_unless_the_columns_are_named(tmp_path, 
     assert read_events(path, user="1", item="2").x.nnz == len(text.splitlines())
 
 
+def test_a_matrix_is_refused_unless_the_columns_are_named(tmp_path):
+    path = write(tmp_path, "matrix.csv", "0,1,1,0,1\n1,0,0,1,1\n0,0,1,1,0\n")
+    with pytest.raises(ValueError) as error:
+        read_events(path)
+    assert str(error.value) == (
+        "events: file must have a line for each user and item where it has no header, got 5 fields on each line and "
+        "nothing but 0 and 1 in matrix.csv; write a matrix as pairs, or name the columns of user and item by their "
+        "numbers"
+    )
+    assert read_events(path, user="1", item="2").x.nnz == 3
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "1 2 3\n1 4 5\n",  # a user twice
+        "0 1 1\n0 0 -1\n",
         "7,31,5\n8,12,4\n",  # ratings
         "7,1,1112486027\n8,2,1112486029\n",  # times
         "7,1,a\n8,2,b\n",
