@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 
+_NUMBERS = itertools.count()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; it takes path's place if the block ends well, and goes if it does not.
@@ -21,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Where path is a link, the file that it leads to is replaced.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # threads of a process may write one file too
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_NUMBERS)}.tmp")
     try:
         with naming(path):
             yield temporary

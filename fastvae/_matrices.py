@@ -96,11 +96,21 @@ def _of_scipy(x: Any) -> CsrArrays:
     if x.format == "dok":
         pairs = np.array(list(x.keys()), np.int64).reshape(-1, 2)
         return csr_of_pairs(pairs[:, 0], pairs[:, 1], np.array(list(x.values())), x.shape)
+    if x.format == "dia" and len(x.offsets) != len(x.data):
+        raise ValueError(
+            f"Clicks: x must hold a diagonal for each of {len(x.offsets)} offsets, got {len(x.data)}"
+        )
     x = x.tocoo()
     return csr_of_pairs(x.row, x.col, host_array(x.data), x.shape)
 
 
 def _of_torch(x: Tensor) -> CsrArrays:
+    # tensors without numbers of their own, and those of other libraries that only torch's calls can read
+    kinds = {"nested": x.is_nested, "meta": x.is_meta, "quantized": x.is_quantized}
+    is_wrapper = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if is_wrapper or any(kinds.values()):
+        got = next((kind for kind, holds in kinds.items() if holds), type(x).__name__)
+        raise TypeError(f"Clicks: x must be {_ACCEPTED}, got a {got} one")
     if x.ndim != 2:
         raise ValueError(f"Clicks: x must have 2 dimensions, got {x.ndim}")
     x = x.detach()

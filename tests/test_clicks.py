@@ -329,6 +329,59 @@ def test_bad_containers_rows_and_pairs_are_named():
         assert message in str(caught.value)
 
 
+def a_nested_tensor():
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def a_masked_tensor():
+    return torch.masked.masked_tensor(torch.ones(2, 3), torch.ones(2, 3) > 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (a_nested_tensor, "nested"),
+        (lambda: torch.ones(2, 3, device="meta"), "meta"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2, 3), 1.0, 0, torch.quint8), "quantized"),
+        (a_masked_tensor, "MaskedTensor"),
+    ],
+    ids=["nested", "meta", "quantized", "masked"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_cannot_be_read_are_named(make, got):
+    with pytest.raises(TypeError) as caught:
+        Clicks.from_matrix(make())
+    assert str(caught.value) == (
+        "Clicks: x must be a scipy sparse matrix, a torch tensor (dense, CSR or COO), a 2-D numpy array or Clicks, "
+        f"got a {got} one"
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.asfortranarray,
+        lambda x: np.repeat(x, 2, 0)[::2],
+        lambda x: x.astype(">f4"),
+        np.matrix,
+        sp.dia_array,
+        lambda x: torch.tensor(x).t().contiguous().t(),
+        lambda x: torch.nn.Parameter(torch.tensor(x)),
+        lambda x: torch._neg_view(-torch.tensor(x)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_the_layout_of_a_matrix_does_not_matter(make):
+    assert_is(Clicks.from_matrix(make(DENSE)), DENSE)
+
+
+def test_a_diagonal_matrix_that_lost_a_diagonal_is_refused():
+    diagonals = sp.dia_array(DENSE)
+    diagonals.data = diagonals.data[:1]
+    with pytest.raises(ValueError, match=r"^Clicks: x must hold a diagonal for each of \d offsets"):
+        Clicks.from_matrix(diagonals)
+
+
 OFFSETS_FALL = "indptr must not decrease, got {} then {} at {} {}"
 COLUMN = "column indices must lie in [0, 5), got {} at position 1"
 ROW = "row indices must lie in [0, 2), got {} at position 1"

@@ -41,3 +41,11 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with _files.locked(tmp_path):
         pass
+
+
+def test_two_threads_that_write_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with _files.replacing(path) as one, _files.replacing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["file"]

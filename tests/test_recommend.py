@@ -355,6 +355,12 @@ def test_scores_that_are_not_finite(bad):
     )
 
 
+def test_a_score_that_is_not_finite_is_that_of_a_user_counted_from_the_first_block():
+    seen = Clicks([0, 1, 2, 2, 3], [1, 1, 1], n_items=3)
+    with pytest.raises(ValueError, match=r"for 1 of users 2\.\.2, first for user 2; "):
+        recommend(Fixed(1.0, math.nan, 0.0), seen, block_size=1)
+
+
 def test_logits_of_the_wrong_shape():
     model = Fixed(1.0, 2.0)
     model.n_items = 3

@@ -265,7 +265,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_anew(tmp_path):
     train, _ = learnable()
     run = tmp_path / "run"
     fit_that_died_before_a_checkpoint(train, run)
-    (run / ".last.pt.12.tmp").write_text("half")
+    (run / ".last.pt.12.0.tmp").write_text("half")
     fit(model(), train, epochs=2, run_dir=run)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
