@@ -44,6 +44,7 @@ CAUSES = {
     "metrics.py": "Metrics",
     "baselines.py": "Baselines",
     "recommend.py": "Recommendation",
+    "rules.py": "Rules of recommendation",
     "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",
     "events.py": "Events of a click log",

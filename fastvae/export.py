@@ -36,7 +36,7 @@ class Written:
     n_clicks   clicks of the histories
     n_unknown  those on items that the model does not know; they are ignored
     n_new      users who have no other clicks; they get what the model gives an empty history
-    n_empty    users without a recommendation: their history holds every item of the model
+    n_empty    users without a recommendation: their history holds every item that may be recommended
     """
 
     n_users: int
@@ -56,6 +56,10 @@ def recommend_to_file(
     items: Sequence[str] | None = None,
     keep_seen: bool = False,
     format: str | None = None,
+    allowed: Iterable[Any] | None = None,
+    exclude: Iterable[Any] | None = None,
+    popularity_penalty: float = 0.0,
+    popularity: Any = None,
 ) -> Written:
     r"""Write the k best items of each user of a click log, with the log's user ids and the model's item ids.
 
@@ -72,14 +76,18 @@ def recommend_to_file(
     model      as recommend takes it, with items, its external ids: load_model gives both
     histories  what read_events gives, or Dataset.histories; columns are matched with the model's items by id
     items      None means that the model has the items of histories, in their order
-    k, keep_seen  as in recommend; path, format as in write_recommendations
+    k, keep_seen, allowed, exclude, popularity_penalty, popularity  as in recommend; ids are the model's
+    path, format  as in write_recommendations
 
     Memory does not grow with the number of users. Raises: as recommend and write_recommendations.
     """
     vocabulary = check_ids("recommend", "items", histories.items if items is None else items)
     known, n_unknown = map_items(histories.x, histories.items, vocabulary)
     k = min(check_integer("recommend", "k", k, 1, None), max(len(vocabulary), 1))
-    blocks = recommend_blocks(model, known, k, items=vocabulary, keep_seen=keep_seen)
+    blocks = recommend_blocks(
+        model, known, k, items=vocabulary, keep_seen=keep_seen, allowed=allowed, exclude=exclude,
+        popularity_penalty=popularity_penalty, popularity=popularity,
+    )  # fmt: skip
     n_empty: list[int] = []
     n_users = write_recommendations(
         path, histories.users, _counting_empty(blocks, n_empty), format=format

@@ -45,6 +45,32 @@ class LogOptions:
     header: Annotated[bool | None, _log_option("Whether the first line names the columns.")] = None
 
 
+def _rule(help: str, default: str | bool = True) -> Any:
+    return typer.Option(help=help, show_default=default, rich_help_panel="Which items")
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """Which items to recommend, by the argument names of recommend."""
+
+    allowed: Annotated[
+        Path | None, _rule("File of the only items to choose from, one id a line.", "all items")
+    ] = None
+    exclude: Annotated[
+        Path | None, _rule("File of items that are never recommended, one id a line.", "none")
+    ] = None
+    popularity_penalty: Annotated[
+        float, _rule("Times log(clicks) to take from an item's score: less of what is popular.")
+    ] = 0.0
+    popularity: Annotated[
+        Path | None,
+        _rule(
+            "Dataset folder whose train users' clicks are counted for the penalty.",
+            "the histories, where they are one",
+        ),
+    ] = None
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The model to train."""
@@ -102,7 +128,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         kind = parameter.annotation
-        if kind in (LogOptions, ModelOptions, FitOptions):
+        if kind in (LogOptions, RuleOptions, ModelOptions, FitOptions):
             fields = inspect.signature(kind, eval_str=True).parameters
             groups[parameter.name] = kind, list(fields)
             parameters += fields.values()

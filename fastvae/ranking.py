@@ -1,6 +1,6 @@
 """Ranking: the k best items of each user, from scores of blocks of users in bounded memory.
 
-    scores[u, i] = -inf where user u has clicked item i, else logits[u, i]
+    scores[u, i] = -inf where user u has clicked item i, or the rules leave it out, else logits[u, i] - penalty[i]
     items[u]     = the k items of highest score, the lower item index first where scores are equal
 
 Every step is a plain torch op on the model's device. recommend.py and evaluate.py rank with these functions.
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._last_layer import has_last_layer, logits_of_items
 from .clicks import Clicks
+from .rules import Rules
 
 # all buffers of a block of users together, where no block size is given
 BLOCK_BYTES = 2**29
 # items whose maximum stands for them in the first pass of top_k
 GROUP = 32
-# rows a model is called with at least: below 8, CPU matrix products round otherwise
+# rows a model is called with at least, and items that are scored alone: CPU matrix products round otherwise below 8
 MIN_ROWS = 16
 _MAX_ITEM = 2**31 - 1
 
@@ -165,9 +167,11 @@ class BlockScorer:
     k          how many items will be ranked, for the default block size
     block_size rows a block, or None for as many as fit in BLOCK_BYTES
     keep_seen  leave the clicked items in
+    rules      which items are scored, and what is taken from their logits; by default all, and nothing
 
     scores(start) gives rows start .. start + block_size as [n, width] fp32, valid until the next call; width is
-    n_items rounded up to a multiple of GROUP, and the columns beyond n_items are -inf.
+    n_items rounded up to a multiple of GROUP, and the columns beyond n_items are -inf. Under rules that leave items
+    out, a column stands for each item left: items(columns) says for which.
     """
 
     def __init__(
@@ -177,19 +181,44 @@ class BlockScorer:
         k: int,
         block_size: int | None,
         keep_seen: bool = False,
+        rules: Rules | None = None,
     ):
-        width = -(-clicks.n_items // GROUP) * GROUP
+        rules = (rules or Rules()).to(clicks.device)
+        self.model, self.clicks, self.keep_seen = model, clicks.compact(), keep_seen
+        self.chosen, self.penalty = rules.columns, rules.penalty
+        self.n_scored = clicks.n_items if self.chosen is None else len(self.chosen)
+        # a column more than items left: clicks on the others are masked there
+        width = -(-(self.n_scored + (self.chosen is not None)) // GROUP) * GROUP
+        self._choose(clicks.n_items, width)
         if block_size is None:
             # logits and scores; keys with their temporaries; what evaluation holds for each rank
             row_bytes = 8 * width + 24 * _n_keys(width, k) + 64 * k
+            if self.chosen is not None and self.alone is None:
+                row_bytes += 4 * clicks.n_items
             block_size = max(MIN_ROWS, BLOCK_BYTES // max(1, row_bytes))
-        self.model, self.clicks, self.keep_seen = model, clicks.compact(), keep_seen
         self.block_size = min(block_size, max(1, clicks.n_users))
         # read once, so that no block has to ask the device
         self.offsets = self.clicks.indptr.cpu().numpy()
         self.buffer = torch.full(
             (self.block_size, width), -torch.inf, dtype=torch.float32, device=clicks.device
         )
+
+    def _choose(self, n_items: int, width: int) -> None:
+        """What items and columns are of each other, where not all items are scored."""
+        # the items that are scored without the others, or None where the model is called as a whole
+        self.alone: Tensor | None = None
+        if self.chosen is None:
+            return
+        if self.penalty is not None:
+            self.penalty = self.penalty[self.chosen]
+        self.column = torch.full((n_items,), width - 1, device=self.chosen.device)
+        self.column[self.chosen] = torch.arange(self.n_scored, device=self.chosen.device)
+        # -1, for no item, finds the last one
+        self.item = nn.functional.pad(self.chosen, (0, 1), value=-1)
+        # a copy of more weight rows than half would take longer than their products
+        if has_last_layer(self.model) and self.n_scored <= n_items // 2:
+            missing = max(0, MIN_ROWS - self.n_scored)
+            self.alone = nn.functional.pad(self.chosen, (0, missing))
 
     @property
     def starts(self) -> range:
@@ -201,24 +230,35 @@ class BlockScorer:
         stop = min(start + self.block_size, self.clicks.n_users)
         scores = self.buffer[: stop - start]
         # copied, not masked in place: the logits may be the model's own tensor
-        scores[:, : self.clicks.n_items] = self._logits(start, stop)
+        scores[:, : self.n_scored] = self._logits(start, stop)
+        if self.penalty is not None:
+            scores[:, : self.n_scored] -= self.penalty
         if not self.keep_seen:
             users, items = entries(self.clicks, self.offsets, start, stop)
+            columns = items if self.chosen is None else self.column[items]
             # a Python number would be copied to a GPU, and waited for
-            scores.index_put_((users, items), scores.new_full((), -torch.inf))
+            scores.index_put_((users, columns), scores.new_full((), -torch.inf))
         return scores
+
+    def items(self, columns: Tensor) -> Tensor:
+        """Items of columns of scores, both int64; -1 stays -1."""
+        return columns if self.chosen is None else self.item[columns]
 
     def _logits(self, start: int, stop: int) -> Tensor:
         rows = torch.arange(start, max(stop, start + MIN_ROWS), device=self.clicks.device)
         batch = self.clicks.rows(rows.clamp_(max=stop - 1))
         with _evaluating(self.model):
+            if self.alone is not None:
+                logits = logits_of_items(self.model, batch, self.alone)  # type: ignore[arg-type]
+                return logits[: stop - start, : self.n_scored]
             output = self.model(batch)
         logits = output[0] if isinstance(output, tuple) else output
         if logits.shape != batch.shape:
             raise ValueError(
                 f"model: logits must have shape {list(batch.shape)}, got {list(logits.shape)}"
             )
-        return logits[: stop - start]
+        logits = logits[: stop - start]
+        return logits if self.chosen is None else logits.index_select(1, self.chosen)
 
 
 def entries(clicks: Clicks, offsets: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:

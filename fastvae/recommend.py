@@ -1,4 +1,4 @@
-"""Top-k recommendation: score users in blocks, leave out what they have seen, keep the k best items.
+"""Top-k recommendation: score users in blocks, leave out what they have seen and what the rules say, keep the best k.
 
 Memory is a few [block x items] buffers whatever the number of users: recommend_blocks hands out one block after
 the other, write_recommendations writes them as they come. ranking.py says which items are the best.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._checks import check_catalogue, check_ids, check_integer
 from .clicks import Clicks
 from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
+from .rules import rules_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Recommendations:
     """The k best items of each user, best first.
 
     items       [n_users, k] int64 item indices; -1 where fewer than k items were left
-    scores      [n_users, k] fp32 logits; -inf there
+    scores      [n_users, k] fp32 logits, less the penalty where one was given; -inf there
     vocabulary  external item ids by item index, str or int, or None
     n_unknown   clicks of the histories on items outside the vocabulary, which were ignored
 
@@ -78,10 +79,17 @@ def recommend(
     items: Iterable[Any] | None = None,
     keep_seen: bool = False,
     block_size: int | None = None,
+    allowed: Iterable[Any] | None = None,
+    exclude: Iterable[Any] | None = None,
+    popularity_penalty: float = 0.0,
+    popularity: Any = None,
 ) -> Recommendations:
     """The k items of highest score for each history, without the items in it.
 
-        items[u] = argtop_k over i not in history u of logits[u, i]; ties: lower item index first
+        items[u]     = argtop_k over i in allowed, not in exclude nor in history u, of scores[u, i]
+        scores[u, i] = logits[u, i] - popularity_penalty * log(max(popularity[i], 1))
+
+    Ties: the lower item index first.
 
     >>> from fastvae.evaluate import Popularity
     >>> train = Clicks.from_pairs([0, 0, 1, 1, 2], [0, 1, 1, 2, 1])
@@ -90,6 +98,8 @@ def recommend(
     [['a', 'c'], ['b', 'a']]
     >>> found.scores.tolist()
     [[1.0, 1.0], [3.0, 1.0]]
+    >>> recommend(Popularity(train), [["b"]], k=2, items=["a", "b", "c"], exclude=["a"]).external()
+    [['c']]
 
     model       a MultiVAE, a MultiDAE, or a module with n_items that maps Clicks to logits; called in eval mode
     histories   Clicks [n_users, n_items] (clicks.rows(ids) for some users; any matrix that Clicks takes), or a
@@ -100,13 +110,22 @@ def recommend(
     block_size  users scored at once, default by memory (BLOCK_BYTES in all). Items and scores of a user do not
                 depend on it, nor on who else is asked for, as long as the model's own matrix products do not:
                 on a CPU they do not, on a GPU they may round otherwise at another batch size
+    allowed     the only items to choose from, by default all; ids where items is given, else positions. Of at most
+                half of the items a MultiVAE or MultiDAE computes no other logits
+    exclude     items that are never recommended, ids or positions likewise
+    popularity_penalty  tau >= 0 in the formula above: less of what is popular; 0, the default, changes nothing
+    popularity  for it: the training clicks, whose users per item are counted, or such counts [n_items]
     returns     Recommendations, on the CPU
 
-    Ids of a history that items does not have are ignored, counted (n_unknown) and warned about. Scores are
-    compared in fp32. Raises: ValueError for sizes that do not fit, a k below 1, or scores that are not finite;
-    TypeError for other kinds of argument. Source: Liang et al. 2018, section 2.4.
+    Ids that items does not have are ignored and warned about, those of histories counted in n_unknown. Where fewer
+    than k items are left, the list is shorter. Scores are compared in fp32. Raises: ValueError for sizes that do not
+    fit, a k below 1, positions out of range, or scores that are not finite; TypeError for other kinds of argument.
+    Source: Liang et al. 2018, section 2.4; the penalty: Menon et al. 2021 (arXiv:2007.07314), post-hoc adjustment.
     """
-    scorer, k, vocabulary, unknown = _checked(model, histories, k, items, keep_seen, block_size)
+    scorer, k, vocabulary, unknown = _checked(
+        model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
+        popularity_penalty=popularity_penalty, popularity=popularity,
+    )  # fmt: skip
     blocks = list(_blocks(scorer, k, vocabulary, unknown))
     # torch's default dtype and device are not asked: the result is fp32 on the CPU
     nothing = torch.empty(0, k, dtype=torch.float32, device="cpu")
@@ -126,6 +145,10 @@ def recommend_blocks(
     items: Iterable[Any] | None = None,
     keep_seen: bool = False,
     block_size: int | None = None,
+    allowed: Iterable[Any] | None = None,
+    exclude: Iterable[Any] | None = None,
+    popularity_penalty: float = 0.0,
+    popularity: Any = None,
 ) -> Iterator[Recommendations]:
     """As recommend, one block of users after the other: memory does not grow with their number.
 
@@ -137,11 +160,15 @@ def recommend_blocks(
     Arguments are checked at the call, before the first block. Between blocks the model is as it was before.
     Raises and Source: as recommend.
     """
-    return _blocks(*_checked(model, histories, k, items, keep_seen, block_size))
+    checked = _checked(
+        model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
+        popularity_penalty=popularity_penalty, popularity=popularity,
+    )  # fmt: skip
+    return _blocks(*checked)
 
 
 def _checked(
-    model, histories, k, items, keep_seen, block_size
+    model, histories, k, items, keep_seen, block_size, **rules: Any
 ) -> tuple[BlockScorer, int, list[Any] | None, np.ndarray]:
     """What _blocks takes, from the arguments of recommend."""
     k = check_integer("recommend", "k", k, 1)
@@ -149,17 +176,20 @@ def _checked(
         block_size = check_integer("recommend", "block_size", block_size, 1)
     n_items = check_model("recommend", model)
     vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
+    left = rules_of(n_items, vocabulary, **rules)
     clicks, unknown = _histories(histories, vocabulary)
     check_catalogue("recommend", "histories", clicks, n_items)
     clicks = clicks.to(device_of(model, clicks.device))
-    return BlockScorer(model, clicks, k, block_size, keep_seen), k, vocabulary, unknown
+    scorer = BlockScorer(model, clicks, k, block_size, keep_seen, left)
+    return scorer, k, vocabulary, unknown
 
 
 def _blocks(
     scorer: BlockScorer, k: int, vocabulary: list[Any] | None, unknown: np.ndarray
 ) -> Iterator[Recommendations]:
     for start in scorer.starts:
-        values, found = (tensor.cpu() for tensor in top_k(scorer.scores(start), k))
+        values, columns = top_k(scorer.scores(start), k)
+        values, found = values.cpu(), scorer.items(columns).cpu()
         bad = is_not_finite(values)
         if bad.any():
             raise ValueError(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, fit, load_model
+from fastvae import Clicks, Dataset, MultiDAE, MultiVAE, evaluate, fit, load_model, recommend
 from fastvae.checkpoint import read_checkpoint
 from fastvae.data import split_dataset
 from fastvae.evaluate import Popularity
@@ -344,6 +344,31 @@ REFUSED = [
         "recommend trained data top.csv --users some",
         "recommend: --users must be one of train, vad, test, all, got 'some'",
     ),
+    (
+        "recommend trained log.csv top.csv --allowed missing",
+        "recommend: --allowed must be a file of ids, one a line, got nothing at missing",
+    ),
+    (
+        "recommend trained log.csv top.csv --exclude data",
+        "recommend: --exclude must be a file of ids, one a line, got a folder at data",
+    ),
+    (
+        "recommend trained log.csv top.csv --allowed trained/best.pt",
+        "recommend: --allowed must be a text file in UTF-8, got other bytes in trained/best.pt",
+    ),
+    (
+        "recommend trained log.csv one_user.csv --exclude one_user.csv",
+        "recommend: output must be another file than exclude, got one_user.csv for both",
+    ),
+    (
+        "recommend trained log.csv top.csv --popularity-penalty .5",
+        "recommend: --popularity must be a dataset folder where --popularity-penalty is given, got log.csv; name the "
+        "one that the run was trained on",
+    ),
+    (
+        "recommend trained data top.csv --popularity-penalty=-1",
+        "recommend: --popularity-penalty must be a finite number of at least 0, got -1.0",
+    ),
 ]
 
 
@@ -453,7 +478,9 @@ def test_recommend_says_how_many_it_wrote_and_who_got_nothing(tmp_path, run, pre
         "recommend", tmp_path / "run", tmp_path / "all.csv", tmp_path / "t.csv", "-k", 500
     )
     assert code == 0 and f"wrote the top {len(items)} of 2 users" in out
-    assert err == "1 users have no recommendation: their history holds every item of the model\n"
+    assert err == (
+        "1 users have no recommendation: their history holds every item that may be recommended\n"
+    )
     code, _, err = run("recommend", tmp_path / "run", tmp_path / "none.csv", tmp_path / "t.csv")
     assert (
         code == 2
@@ -478,6 +505,54 @@ def test_recommend_from_a_dataset_folder_takes_no_options_of_a_log_and_any_k(
     )
     code, out, _ = run(*arguments, "-k", 10**23)
     assert code == 0 and "wrote the top 60 of" in out
+
+
+def test_every_rule_reaches_recommend_to_file(tmp_path, run, folder_of_everything, monkeypatch):
+    from fastvae.commands import recommend
+    from fastvae.export import Written
+
+    calls = []
+    written = Written(n_users=1, k=1, n_clicks=0, n_unknown=0, n_new=0, n_empty=0)
+    monkeypatch.setattr(
+        recommend, "recommend_to_file", lambda *a, **k: calls.append((a, k)) or written
+    )
+    monkeypatch.chdir(folder_of_everything)
+    (tmp_path / "a.txt").write_bytes("\ufefffilm, 1\r\n\r\n  \nfilm, 2 \r\nfilm, 1".encode())
+    (tmp_path / "e.txt").write_text("film, 1\n")
+    lists = ("--allowed", tmp_path / "a.txt", "--exclude", tmp_path / "e.txt")
+    penalty = ("--popularity-penalty", 0.5)
+    assert run("recommend", "trained", "data", "top.csv", *lists, *penalty)[0] == 0
+    both = (*penalty, "--popularity", "data")
+    assert run("recommend", "trained", "log.csv", "top.csv", "-k", 3, *both)[0] == 0
+    assert run("recommend", "trained", "log.csv", "top.csv")[0] == 0
+    data = Dataset.load("data")
+    names = ("allowed", "exclude", "popularity_penalty")
+    assert [[rules[name] for name in names] for _, rules in calls] == [
+        [["film, 1", "film, 2 ", "film, 1"], ["film, 1"], 0.5], [None, None, 0.5], [None, None, 0.0]
+    ]  # fmt: skip
+    counted = [rules.get("popularity") for _, rules in calls]
+    prints = [clicks and clicks.fingerprint() for clicks in counted]
+    assert prints == [data.train.fingerprint()] * 2 + [None]
+
+
+def test_rules_in_the_command_give_what_recommend_gives(tmp_path, run, folder_of_everything):
+    folder, top = folder_of_everything / "trained", tmp_path / "top.jsonl"
+    data, (model, items) = (
+        Dataset.load(folder_of_everything / "data"),
+        load_model(folder / "best.pt"),
+    )
+    (tmp_path / "a.txt").write_text("".join(f"{item}\n" for item in [*items[:9], "sold out"]))
+    rules = ("--allowed", tmp_path / "a.txt", "--popularity-penalty", 2)
+    code, out, err = run("recommend", folder, folder_of_everything / "data", top, "-k", 12, *rules)
+    assert code == 0 and "wrote the top 12 of 120 users" in out
+    assert err.splitlines()[0] == (
+        "recommend: 1 of 10 ids in allowed are of items that the model does not know; they are ignored"
+    )
+    found = recommend(
+        model, data.histories().x, 12, allowed=range(9), popularity_penalty=2, popularity=data.train
+    )
+    for line, row in zip(top.read_text().splitlines(), found._indices(), strict=True):
+        assert json.loads(line)["items"] == [items[i] for i in row]
 
 
 def test_a_terminal_without_the_sign_for_plus_minus(tmp_path, run, prepared):

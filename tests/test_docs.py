@@ -131,6 +131,8 @@ def test_commands_and_snippets_run(page, tmp_path, monkeypatch):
         for i in rng.choice(40, 12, replace=False)
     ]
     Path("clicks.csv").write_text("\n".join(lines) + "\n")
+    Path("stock.txt").write_text("".join(f"m{i}\n" for i in range(20)))
+    Path("banned.txt").write_text("m7\nm9\n")
     for command in commands(page):
         if command[0] == "fastvae":
             assert not exit_code(command, monkeypatch), command
@@ -150,6 +152,7 @@ WRITTEN = {
         "counted/ids.npz", "thinned/info.json", "run/config.json", "run/metrics.jsonl", "run/last.pt",
         "dae/best.pt", "small/best.pt", "top.csv", "top.jsonl", "seen.parquet",
     ),
+    "docs/recommending.md": ("stock.csv", "mild.csv", "mild.jsonl"),
 }  # fmt: skip
 
 

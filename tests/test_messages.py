@@ -33,6 +33,8 @@ EXCEPTIONS = {
     # warnings: the call goes on
     "recommend: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not know; "
     "they are ignored",
+    "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know; "
+    "they are ignored",
     "fastvae: the training step could not be captured as a CUDA graph, eager steps go on ({reason})",
 }  # fmt: skip
 

@@ -40,6 +40,22 @@ def load_run(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, 
     return load_model(path, tanh_after_dropout, verbose=True)
 
 
+def read_ids(where: str, name: str, path: Path | None) -> list[str] | None:
+    """External ids of a text file, one a line; spaces are part of an id, empty lines are not ids. None stays None."""
+    if path is None:
+        return None
+    if not path.is_file():
+        got = f"a folder at {path}" if path.is_dir() else f"nothing at {path}"
+        raise ValueError(f"{where}: {name} must be a file of ids, one a line, got {got}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{where}: {name} must be a text file in UTF-8, got other bytes in {path}"
+        ) from None
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
     if n_items != len(items):
         raise ValueError(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import console
-from ..data import Dataset
+from ..data import Dataset, map_items
 from ..events import Events, read_events
 from ..export import recommend_to_file
-from ..options import Device, LogOptions, Quirk, RunArg, with_options
-from ._common import check_items, device_named, load_run
+from ..options import Device, LogOptions, Quirk, RuleOptions, RunArg, with_options
+from ._common import check_items, device_named, load_run, read_ids
 
 
 @with_options
@@ -24,6 +24,7 @@ def recommend(
     ],
     output: Annotated[Path, typer.Argument(help="File to write: .csv, .jsonl or .parquet.")],
     log_options: LogOptions,
+    rule_options: RuleOptions,
     k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Also recommend items of the history.")
@@ -39,11 +40,18 @@ def recommend(
     device: Device = None,
 ) -> None:
     """Write the top k items of each user, best first, with external ids; items of the history are left out."""
-    if output.resolve() == histories.resolve():
-        raise ValueError(
-            f"recommend: output must be another file than the histories, got {output} for both"
-        )
+    inputs = {
+        "histories": histories,
+        "allowed": rule_options.allowed,
+        "exclude": rule_options.exclude,
+    }
+    for name, path in inputs.items():
+        if path is not None and output.resolve() == path.resolve():
+            raise ValueError(
+                f"recommend: output must be another file than {name}, got {output} for both"
+            )
     net, vocabulary = load_run(run, tanh_after_dropout)
+    rules, counted = _rules(rule_options, histories)
     log = _histories(histories, log_options, users)
     if vocabulary is None:
         if not histories.is_dir():
@@ -52,8 +60,11 @@ def recommend(
                 f"got {histories}"
             )
         check_items(run, net.n_items, None, log.items)
+    if counted is not None:
+        names = vocabulary or log.items
+        rules["popularity"] = map_items(counted.train, counted.items, names)[0]
     net = net.to(device_named(device))
-    done = recommend_to_file(output, net, log, k, items=vocabulary, keep_seen=keep_seen)
+    done = recommend_to_file(output, net, log, k, items=vocabulary, keep_seen=keep_seen, **rules)
     if done.n_unknown:
         console.note(
             f"{done.n_unknown:,} of {done.n_clicks:,} clicks are on items that the model does not know "
@@ -62,8 +73,26 @@ def recommend(
     console.say(f"wrote the top {done.k} of {done.n_users:,} users to {output}")
     if done.n_empty:
         console.note(
-            f"{done.n_empty:,} users have no recommendation: their history holds every item of the model"
+            f"{done.n_empty:,} users have no recommendation: their history holds every item that may be recommended"
         )
+
+
+def _rules(options: RuleOptions, histories: Path) -> tuple[dict[str, Any], Dataset | None]:
+    """Arguments of recommend_to_file, and the dataset whose train users are counted for a penalty."""
+    rules = {
+        "allowed": read_ids("recommend", "allowed", options.allowed),
+        "exclude": read_ids("recommend", "exclude", options.exclude),
+        "popularity_penalty": options.popularity_penalty,
+    }
+    if options.popularity_penalty == 0:
+        return rules, None
+    folder = options.popularity or histories
+    if not folder.is_dir():
+        raise ValueError(
+            "recommend: popularity must be a dataset folder where popularity_penalty is given, "
+            f"got {folder}; name the one that the run was trained on"
+        )
+    return rules, Dataset.load(folder)
 
 
 def _histories(path: Path, log_options: LogOptions, users: str | None) -> Events:
