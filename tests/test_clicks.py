@@ -366,7 +366,7 @@ def test_tensors_that_cannot_be_read_are_named(make, got):
         np.matrix,
         sp.dia_array,
         lambda x: torch.tensor(x).t().contiguous().t(),
-        lambda x: torch.nn.Parameter(torch.tensor(x)),
+        lambda x: torch.nn.Parameter(torch.tensor(x).float()),
         lambda x: torch._neg_view(-torch.tensor(x)),
     ],
 )
