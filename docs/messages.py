@@ -33,6 +33,7 @@ CAUSES = {
     "_model_checks.py": "Arguments of models",
     "train.py": "Training",
     "trainer.py": "A training under way",
+    "warm_start.py": "Warm starts",
     "step.py": "The training step",
     "adam.py": "The optimiser",
     "warmup.py": "Compiling beforehand",

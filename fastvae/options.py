@@ -120,6 +120,13 @@ class FitOptions:
             "epochs and patience may differ.",
         ),
     ] = False
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with this run folder or checkpoint, matched by the items' ids; the model must be as wide.",
+            show_default="a fresh model",
+        ),
+    ] = None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

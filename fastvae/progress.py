@@ -79,10 +79,14 @@ class ProgressBar:
             state=state,
         )
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar; names in it are never markup."""
+        if self.progress is not None:
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def idle(self, why: str) -> None:
         """Say that a resumed run has nothing left to train."""
-        if self.progress is not None:
-            self.progress.console.print(f"nothing left to train: {why}", highlight=False)
+        self.say(f"nothing left to train: {why}")
 
     def epoch_done(self, row: dict[str, Any], best: bool) -> None:
         """Print an epoch's line of metrics.jsonl; best marks it where it was validated."""

@@ -33,6 +33,7 @@ from .progress import ProgressBar
 from .run_folder import RunFolder
 from .step import check_gradients, check_trainable, precisions, wants_graph
 from .trainer import FitResult, OnEpoch, Settings, Trainer, beta_at, epoch_order
+from .warm_start import WarmStart
 
 __all__ = ["FitResult", "beta_at", "epoch_order", "fit"]
 
@@ -54,6 +55,7 @@ def fit(
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     items: Sequence[str] | None = None,
+    warm_start: str | os.PathLike[str] | None = None,
     progress: bool = False,
     cuda_graph: bool | None = None,
     on_epoch: OnEpoch | None = None,
@@ -78,6 +80,8 @@ def fit(
     run_dir     run folder to write, or None; one training at a time
     resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
     items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
+    warm_start  begin with the weights and moments of this checkpoint, or the best of this run folder, matched by items
+                (see warm_start.py); a resumed run has them already
     progress    show a progress bar (extra cli)
     normalize   older words for per_click, see model.loss
     cuda_graph  None: on a GPU replay one captured graph per full batch, after three eager steps; False: eager steps;
@@ -117,14 +121,30 @@ def fit(
         run = RunFolder(Path(run_dir), model, settings.config(), train, validation, items)
     if validation is not None:
         validation = _evaluable(validation, device)
+    # a resumed run has its weights and moments
+    start = None if warm_start is None or resume else _warm_start(warm_start, model, items, run)
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = Trainer(model, train, validation, settings, run, cuda_graph)
-        if resume:
-            trainer.restore()
         with ProgressBar(progress, epochs, train.n_users) as bar, held_interrupt() as interrupted:
+            _begin(trainer, start, resume, bar)
             trainer.run_epochs(epochs, patience, bar, interrupted, on_epoch)
         trainer.finish()
     return trainer.result
+
+
+def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart:
+    start = WarmStart.read(path, model, items)
+    if run is not None:
+        run.config["warm_start"] = start.summary()
+    return start
+
+
+def _begin(trainer: Trainer, start: WarmStart | None, resume: bool, bar: ProgressBar) -> None:
+    if resume:
+        trainer.restore()
+    if start is not None:
+        start.load_into(trainer.model, trainer.optimizer, trainer.train)
+        bar.say(str(start))
 
 
 def _check_data(model, train, validation) -> None:

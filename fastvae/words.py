@@ -18,6 +18,7 @@ _SOURCES = {
     ("train", "train"): "dataset",
     ("train", "validation"): "dataset",
     ("train", "run_dir"): "run",
+    ("train", "path"): "warm_start",
     ("train", "dropout_enc"): "dropout",
     ("train", "p_dims"): "hidden and latent",
     ("evaluate", "folder"): "dataset",

@@ -124,6 +124,28 @@ def test_recommendations_for_a_datasets_test_users_reach_the_metrics_of_evaluate
     assert np.mean(recalls) == pytest.approx(recall)
 
 
+def test_a_warm_start_says_in_one_line_what_it_took_over(tmp_path, run, prepared):
+    log, data = prepared
+    grown = tmp_path / "grown.csv"
+    lines = log.read_text().replace("film, 0", "film, new")
+    grown.write_text(lines)
+    assert run("prepare", grown, tmp_path / "data2", "--heldout", 15, "--min-rating", 4)[0] == 0
+    train(run, data, tmp_path / "a")
+    code, _, err = train(
+        run, tmp_path / "data2", tmp_path / "b", "--warm-start", tmp_path / "a" / "best.pt"
+    )
+    said = [line for line in err.splitlines() if "warm start" in line]
+    assert code == 0 and said == [
+        f"warm start from {tmp_path}/a/best.pt: 59 items taken over, 1 new, 1 gone; "
+        f"Adam's moments from {tmp_path}/a/last.pt"
+    ]
+    first = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (
+        first["loss"]
+        < json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    )
+
+
 def test_prepare_reports_what_was_dropped(tmp_path, run):
     log = write_log(tmp_path / "log.csv")
     code, out, _ = run("prepare", log, tmp_path / "data", "--min-rating", 4, "--heldout", "0.1")
@@ -290,6 +312,14 @@ REFUSED = [
     (
         "train data trained --resume",
         "train: --hidden and --latent must be [4, 8, 60] as in the run to resume, got [200, 600, 60]",
+    ),
+    (
+        "train data run --warm-start nothing",
+        "train: --warm-start must be a file, got nothing; fastvae train writes best.pt into its run folder",
+    ),
+    (
+        "train data run --warm-start trained",
+        "train: --warm-start must have the model's p_dims [200, 600], got [4, 8] in trained/best.pt",
     ),
     ("train data run --device cpu:abc", "train: --device must be cpu or cuda, got cpu:abc"),
     ("train data run --device tpu", "train: --device must be cpu or cuda, got tpu"),
