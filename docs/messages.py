@@ -46,6 +46,7 @@ CAUSES = {
     "baselines.py": "Baselines",
     "recommend.py": "Recommendation",
     "rules.py": "Rules of recommendation",
+    "similar.py": "Similar items and vectors",
     "ranking.py": "Scores of a model",
     "export.py": "Writing recommendations",
     "events.py": "Events of a click log",

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from . import _interrupt, console
-from .commands import convert, demo, evaluate, prepare, recommend, train, warmup
+from .commands import convert, demo, evaluate, prepare, recommend, similar, train, warmup
 from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(prepare.prepare)
 app.command()(train.train)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command()(recommend.recommend)
+app.command()(similar.similar)
 app.command()(convert.convert)
 app.command()(warmup.warmup)
 app.command()(demo.demo)

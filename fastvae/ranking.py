@@ -118,7 +118,7 @@ class _Evaluated:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; after the last thread's block each module has its own training flag back."""
     with _Evaluated.lock:
         if not _Evaluated.calls[model]:
@@ -245,9 +245,8 @@ class BlockScorer:
         return columns if self.chosen is None else self.item[columns]
 
     def _logits(self, start: int, stop: int) -> Tensor:
-        rows = torch.arange(start, max(stop, start + MIN_ROWS), device=self.clicks.device)
-        batch = self.clicks.rows(rows.clamp_(max=stop - 1))
-        with _evaluating(self.model):
+        batch = block_of(self.clicks, start, stop)
+        with evaluating(self.model):
             if self.alone is not None:
                 logits = logits_of_items(self.model, batch, self.alone)  # type: ignore[arg-type]
                 return logits[: stop - start, : self.n_scored]
@@ -259,6 +258,12 @@ class BlockScorer:
             )
         logits = logits[: stop - start]
         return logits if self.chosen is None else logits.index_select(1, self.chosen)
+
+
+def block_of(clicks: Clicks, start: int, stop: int) -> Clicks:
+    """Rows start .. stop, the last of them repeated up to MIN_ROWS: what a model is called with."""
+    rows = torch.arange(start, max(stop, start + MIN_ROWS), device=clicks.device)
+    return clicks.rows(rows.clamp_(max=stop - 1))
 
 
 def entries(clicks: Clicks, offsets: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -177,9 +177,7 @@ def _checked(
     n_items = check_model("recommend", model)
     vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
     left = rules_of(n_items, vocabulary, **rules)
-    clicks, unknown = _histories(histories, vocabulary)
-    check_catalogue("recommend", "histories", clicks, n_items)
-    clicks = clicks.to(device_of(model, clicks.device))
+    clicks, unknown = read_histories("recommend", model, histories, vocabulary, stacklevel=5)
     scorer = BlockScorer(model, clicks, k, block_size, keep_seen, left)
     return scorer, k, vocabulary, unknown
 
@@ -204,20 +202,34 @@ def _blocks(
         yield Recommendations(found, values, vocabulary, n_unknown)
 
 
-def _histories(histories: Any, items: list[Any] | None) -> tuple[Clicks, np.ndarray]:
-    """Histories as Clicks, and the number of unknown ids in each."""
+def read_histories(
+    where: str, model: nn.Module, histories: Any, items: list[Any] | None, stacklevel: int
+) -> tuple[Clicks, np.ndarray]:
+    """Histories as Clicks of the model's items on its device, and the number of unknown ids in each.
+
+    items       the model's external ids by position, or None
+    stacklevel  of the warning about unknown ids, counted from _clicks_of
+    """
+    clicks, unknown = _clicks_of(where, histories, items, stacklevel)
+    check_catalogue(where, "histories", clicks, check_model(where, model))
+    return clicks.to(device_of(model, clicks.device)), unknown
+
+
+def _clicks_of(
+    where: str, histories: Any, items: list[Any] | None, stacklevel: int
+) -> tuple[Clicks, np.ndarray]:
     if not isinstance(histories, list | tuple):
         clicks = Clicks.from_matrix(histories)
         return clicks, np.zeros(clicks.n_users, np.int64)
     if items is None:
         raise ValueError(
-            "recommend: items must be the external item ids where histories are lists, got None"
+            f"{where}: items must be the external item ids where histories are lists, got None"
         )
     for history in histories:
         if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
             got = type(history).__name__
             raise TypeError(
-                f"recommend: histories must be lists of item ids, got one that is {got}; wrap it in a list"
+                f"{where}: histories must be lists of item ids, got one that is {got}; wrap it in a list"
             )
     index = {str(item): position for position, item in enumerate(items)}
     # torch's own list holds plain numbers; a tensor's parts have no ids for text
@@ -229,8 +241,8 @@ def _histories(histories: Any, items: list[Any] | None) -> tuple[Clicks, np.ndar
     unknown = np.bincount(users[~known], minlength=len(rows))
     if unknown.any():
         warnings.warn(
-            f"recommend: {unknown.sum():,} of {len(flat):,} clicks in histories are on items that the "
+            f"{where}: {unknown.sum():,} of {len(flat):,} clicks in histories are on items that the "
             "model does not know; they are ignored",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return Clicks.from_pairs(users[known], flat[known], len(rows), len(items)), unknown

@@ -19,6 +19,7 @@ from fastvae.checkpoint import read_checkpoint
 from fastvae.data import split_dataset
 from fastvae.evaluate import Popularity
 from fastvae.events import read_events
+from fastvae.similar import similar_items
 
 pytest.importorskip("polars")
 
@@ -375,6 +376,11 @@ REFUSED = [
         "recommend: --users must be one of train, vad, test, all, got 'some'",
     ),
     (
+        "similar trained nothing",
+        "similar: item must be one of the model's 60 items, got 'nothing'",
+    ),
+    ("similar trained film -k 0", "similar: -k must be at least 1, got 0"),
+    (
         "recommend trained log.csv top.csv --allowed missing",
         "recommend: --allowed must be a file of ids, one a line, got nothing at missing",
     ),
@@ -442,7 +448,7 @@ def test_names_with_brackets_are_written_and_shown_as_they_are(tmp_path, run, mo
 
 
 @pytest.mark.parametrize(
-    "command", ["", "prepare", "train", "evaluate", "recommend", "convert", "demo"]
+    "command", ["", "prepare", "train", "evaluate", "recommend", "similar", "convert", "demo"]
 )
 def test_help(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -583,6 +589,22 @@ def test_rules_in_the_command_give_what_recommend_gives(tmp_path, run, folder_of
     )
     for line, row in zip(top.read_text().splitlines(), found._indices(), strict=True):
         assert json.loads(line)["items"] == [items[i] for i in row]
+
+
+def test_similar_prints_what_similar_items_gives(tmp_path, run, folder_of_everything):
+    folder = folder_of_everything / "trained"
+    model, items = load_model(folder / "best.pt")
+    (expected,) = similar_items(model, items[3], 4, items=items)
+    code, out, err = run("similar", folder, items[3], "-k", 4)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [f"{score:.4f}  {name}" for name, score in expected]
+    code, out, _ = run("similar", folder, items[3], "-k", 4, "--json")
+    names, scores = zip(*expected, strict=True)
+    assert json.loads(out) == {"item": items[3], "similar": [*names], "scores": [*scores]}
+    # a file without ids has positions
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    code, out, _ = run("similar", tmp_path / "bare.pt", 3, "-k", 1)
+    assert code == 0 and out.split()[-1] == str(items.index(names[0]))
 
 
 def test_a_terminal_without_the_sign_for_plus_minus(tmp_path, run, prepared):
