@@ -270,6 +270,14 @@ def test_a_layer_that_is_more_than_its_weight_is_called(other, place):
     assert_loss_is_dense(model)
 
 
+def test_a_layer_that_is_called_gets_rows_in_the_models_dtype():
+    model, calls = MultiVAE([3, 4, 6]).double(), []
+    layer = model.encode.q_layers.linear_0
+    layer.register_forward_hook(lambda _, args, y: calls.append((args[0].dtype, y.dtype)))
+    assert model.loss(random_clicks([3, 1], 6)).dtype == torch.float64
+    assert calls == [(torch.float64, torch.float64)]
+
+
 @pytest.mark.parametrize("other", ["hook", "replaced", "forward of the object"])
 def test_a_decoder_that_is_more_than_its_layers_is_called(other):
     torch.manual_seed(0)
