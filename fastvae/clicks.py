@@ -133,9 +133,19 @@ class Clicks:
 
     @property
     def csr(self) -> Csr:
-        """indptr, indices, values and row_ids: the clicks as the ops take them."""
+        """indptr, indices, values and row_ids: the clicks as the ops take them.
+
+        Raises: ValueError where other values have been put in place that do not fit the indices.
+        """
         # the kernels read one number after the other, whatever has been put in an attribute's place
         values = None if self.values is None else self.values.contiguous()
+        if values is not None and (
+            values.shape != self.indices.shape or values.device != self.indices.device
+        ):
+            raise ValueError(
+                f"Clicks: values must have shape {list(self.indices.shape)} on {self.indices.device} like indices, "
+                f"got {list(values.shape)} on {values.device}"
+            )
         row_ids = None if self.row_ids is None else self.row_ids.contiguous()
         return self.indptr.contiguous(), self.indices.contiguous(), values, row_ids
 

@@ -311,6 +311,21 @@ def test_one_goes_on_where_the_other_stopped(first, second, fused):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_state_of_a_weight_row_by_row_is_taken():
+    weight = item_major(5, 7)
+    gradients = draw_gradients([weight], 5)
+    (row_major,) = copies([weight], torch.float32)
+    row_major.data = row_major.data.contiguous()
+    optimizer = torch.optim.Adam([row_major])
+    take_steps(optimizer, [row_major], gradients[:3])
+    weight.data.copy_(row_major)
+    resumed = Adam([weight])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, [row_major]), (resumed, [weight]):
+        take_steps(*each, gradients[3:])
+    torch.testing.assert_close(weight.data, row_major.data, rtol=1e-5, atol=1e-7)
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one():
     weights = [item_major(5, 7), *weights_of([BLOCK + 1])]
     gradients = draw_gradients(weights, 6)

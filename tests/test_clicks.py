@@ -479,6 +479,20 @@ def test_rows_stay_those_that_were_chosen(make):
     assert_is(rows, DENSE[[2, 0]])
 
 
+def test_values_that_were_put_in_place_must_fit():
+    clicks = Clicks.from_matrix(DENSE)
+    clicks.values = torch.ones(clicks.nnz, requires_grad=True)
+    assert clicks.rows([0]).csr[2].requires_grad
+    for values in (torch.ones(clicks.nnz - 1), torch.ones(clicks.nnz, device="meta")):
+        clicks.values = values
+        with pytest.raises(ValueError) as caught:
+            sparse_linear(clicks.rows([0]), torch.ones(2, 4))
+        assert str(caught.value) == (
+            f"Clicks: values must have shape [{clicks.nnz}] on cpu like indices, "
+            f"got {list(values.shape)} on {values.device}"
+        )
+
+
 def test_to_takes_non_blocking():
     assert_is(Clicks.from_matrix(DENSE).to("cpu", non_blocking=True), DENSE)
     assert_is(Clicks.from_matrix(DENSE).rows([2, 0]).to("cpu", True), DENSE[[2, 0]])
