@@ -6,7 +6,7 @@
 
 Every interaction of the data set counts as a click, whatever its rating. A user is scored by the items of the query, so
 users whom the training has not seen are scored too; without such items the scores are nan, as LensKit's own models give.
-Source: lenskit 2025.8, the protocols Component and Trainable.
+Source: lenskit 2025.8 and 2026.4, the protocols Component and Trainable.
 """
 
 from __future__ import annotations

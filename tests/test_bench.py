@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import gpu, kernels, machine, peers, profile, pytest_results, ratio, report
+from bench import gpu, kernels, machine, peers, profile, pytest_results, ratio, recbole, report
 from bench.provider import NotTimed
 from bench.steps import PROVIDERS, Shape, check, new_model
 
@@ -325,3 +325,12 @@ def test_kernels_with_a_formula_exist():
     sources = "".join(path.read_text() for path in folder.glob("*.py"))
     for part in kernels.WORK.keys() - {"fusedadam"}:  # torch's
         assert re.search(rf"def \w*{part}\w*\(", sources), part
+
+
+def test_epochs_in_recboles_trainer_are_compared_in_the_pairs_that_ran_side_by_side():
+    times = {"recbole": [4.0, 8.0, 12.0], "fastvae": [2.0, 8.0, 1.0]}
+    compared = recbole._compared(times)
+    assert compared["median"] == {"recbole": 8.0, "fastvae": 2.0}
+    assert compared["times_faster"] == {"recbole": 1.0, "fastvae": 2.0}  # of 2, 1 and 12, not 8 / 2
+    summary = recbole._summary([{"seed": 0, "ndcg@20": 0.1}, {"seed": 1, "ndcg@20": 0.3}])
+    assert summary == {"ndcg@20": {"mean": 0.2, "std": 0.1414}}
