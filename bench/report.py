@@ -14,7 +14,7 @@ from bench.machine import RESULTS
 from bench.steps import SHAPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks")))
 
 PLOTTED = ("netflix", "ml20m", "msd", "50k")
 GPU_SHAPES = ("ml20m", "ml20m-24576", "50k-4096")
@@ -135,6 +135,40 @@ def peers_table() -> str:
     return "\n".join(lines)
 
 
+def recbole_table() -> str:
+    """An epoch in RecBole's trainer by its model and by ours, and what they reach with its early stopping."""
+    result = read("recbole_cpu")
+    timed = {name[5:]: row for name, row in result["rows"].items() if name.startswith("time ")}
+    lines = ["| seconds an epoch (times faster) | " + " | ".join(timed) + " |"]
+    lines.append("| --- |" + " --: |" * len(timed))
+    names = {
+        "recbole": "RecBole's MultiVAE",
+        "fastvae, RecBole's optimiser": "fastvae.recbole, RecBole's optimiser",
+        "fastvae": "**fastvae.recbole**",
+    }
+    for name, text in names.items():
+        cells = []
+        for row in timed.values():
+            times = row["cpu_s_per_epoch"]
+            digits = 2 if times["median"]["recbole"] < 10 else 1
+            cells.append(f"{times['median'][name]:.{digits}f} ({times['times_faster'][name]:.1f})")
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    lines += ["", "| ml-100k, test, mean of three seeds ± their spread | NDCG@100 | Recall@20 |"]
+    lines.append("| --- | --: | --: |")
+    names = {**names, "fastvae": "fastvae.recbole", "fastvae, noise_std 1": "with `noise_std: 1`"}
+    for name, row in result["rows"]["quality ml-100k"].items():
+        cells = [
+            f"{row[key]['mean']:.4f} ± {row[key]['std']:.4f}" for key in ("ndcg@100", "recall@20")
+        ]
+        lines.append(f"| {names[name]} | " + " | ".join(cells) + " |")
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Seconds of one core's processor time ({machine['threads']} thread, torch {machine['torch']}), on a shared machine.",
+    ]
+    return "\n".join(lines)
+
+
 def memory_line() -> str:
     """Peak memory of training steps at the largest size measured."""
     result = read("memory_cpu")
@@ -187,6 +221,7 @@ TABLES = {
     "step": step_table,
     "quality": quality_table,
     "peers": peers_table,
+    "recbole": recbole_table,
     "memory": memory_line,
 }
 
