@@ -44,6 +44,8 @@ CAUSES = {
     "evaluate.py": "Evaluation",
     "metrics.py": "Metrics",
     "baselines.py": "Baselines",
+    "compare.py": "Comparison of two models",
+    "user_values.py": "Values of users",
     "recommend.py": "Recommendation",
     "rules.py": "Rules of recommendation",
     "similar.py": "Similar items and vectors",

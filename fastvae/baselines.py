@@ -10,7 +10,7 @@ progress?, is why they are here: neural models are often published beside baseli
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from .ranking import top_k
 
 # of EASE's two matrices [n_items, n_items] fp32: 16,384 items
 EASE_BYTES = 2**31
+# the command measures item-kNN and EASE by itself up to here: some seconds on two cores
+CHEAP_ITEMS, CHEAP_PAIRS = 5_000, 3 * 10**8
 # of a block of similarities in item-kNN
 _BLOCK_BYTES = 2**26
 
@@ -69,7 +71,7 @@ class ItemKNN(nn.Module):
     Source: Deshpande and Karypis 2004, Item-based top-n recommendation algorithms, section 4, cosine, not normalised.
     """
 
-    def __init__(self, train: Clicks, n_neighbours: int = 50):
+    def __init__(self, train: Clicks, n_neighbours: int = 20):
         super().__init__()
         check_clicks("ItemKNN", "train", train)
         self.n_neighbours = check_integer("ItemKNN", "n_neighbours", n_neighbours, 1)
@@ -137,6 +139,34 @@ class EASE(nn.Module):
         return nn.functional.embedding_bag(
             part.indices.long(), self.weight, part.indptr[:-1], mode="sum"
         )
+
+
+def choose_baselines(
+    train: Clicks, wanted: bool | None = None
+) -> tuple[dict[str, Callable[[Clicks], nn.Module]], list[str]]:
+    """What makes each baseline for these training clicks, by its name, and a sentence for each that is left out.
+
+    wanted  True: all that fit in memory; False: popularity alone; None: all that take seconds, which is where train has
+            at most CHEAP_ITEMS items and its users' clicks make at most CHEAP_PAIRS pairs of items
+    """
+    makers: dict[str, Callable[[Clicks], nn.Module]] = {"popularity": Popularity}
+    if wanted is False:
+        return makers, []
+    n_pairs = int((train.row_lengths().double() ** 2).sum())
+    if wanted is None and (train.n_items > CHEAP_ITEMS or n_pairs > CHEAP_PAIRS):
+        return makers, [
+            f"item-kNN and EASE would take longer than seconds for {train.n_items:,} items and are left out; "
+            "--baselines measures them too"
+        ]
+    makers["item-kNN"] = ItemKNN
+    if ease_fits(train.n_items):
+        makers["EASE"] = EASE
+        return makers, []
+    gib = 8 * train.n_items**2 / 2**30
+    return makers, [
+        f"EASE is left out: {train.n_items:,} items take {gib:,.0f} GiB, more than {EASE_BYTES / 2**30:.0f}; "
+        "fastvae.baselines.EASE takes max_bytes"
+    ]
 
 
 def ease_fits(n_items: int, max_bytes: int = EASE_BYTES) -> bool:

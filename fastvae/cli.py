@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from . import _interrupt, console
-from .commands import convert, demo, evaluate, prepare, recommend, similar, train, warmup
+from .commands import compare, convert, demo, evaluate, prepare, recommend, similar, train, warmup
 from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ UsageError: Any = typer.BadParameter.__base__
 app.command()(prepare.prepare)
 app.command()(train.train)
 app.command("evaluate")(evaluate.evaluate_command)
+app.command("compare")(compare.compare_command)
 app.command()(recommend.recommend)
 app.command()(similar.similar)
 app.command()(convert.convert)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from .compare import Comparison
 from .data import Dataset
 from .evaluate import Evaluation
 from .events import DROPPED, Events
@@ -134,3 +135,28 @@ def show_results(results: dict[str, Evaluation]) -> None:
         table.add_row(Text(name), *map(result.text, result.mean))
     out.print(table)
     say(f"{first.n_evaluated:,} users evaluated, {first.n_skipped:,} skipped")
+
+
+def show_comparison(
+    found: dict[str, Comparison], first: str, second: str, confidence: float
+) -> None:
+    """Print a table of two runs, a row for each metric."""
+
+    def text(mean: float, interval: tuple[float, float], sign: str = "") -> str:
+        return f"{mean:{sign}.4f} ({interval[0]:{sign}.4f} to {interval[1]:{sign}.4f})"
+
+    table = Table("", Column(Text(first)), Column(Text(second)), "difference", "p")
+    for name, result in found.items():
+        table.add_row(
+            name,
+            text(result.a, result.a_interval),
+            text(result.b, result.b_interval),
+            text(result.difference, result.difference_interval, "+"),
+            f"{result.p_value:.2g}",
+        )
+    out.print(table)
+    n_users = next(iter(found.values())).n_users
+    say(
+        f"{n_users:,} users in both; {confidence:.0%} bootstrap intervals over users, p of a paired t-test; "
+        "another split or seed of the training varies more than that"
+    )

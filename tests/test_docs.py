@@ -149,6 +149,7 @@ def test_commands_and_snippets_run(page, tmp_path, monkeypatch):
 WRITTEN = {
     "README.md": ("run/best.pt", "run/curve.png", "first/best.pt", "top.csv", "top.jsonl"),
     "docs/new-data.md": ("run2/best.pt", "run2/curve.png"),
+    "docs/comparing.md": ("vae/best.pt", "dae/best.pt", "users.csv"),
     "docs/cli.md": (
         "counted/ids.npz", "thinned/info.json", "run/config.json", "run/metrics.jsonl", "run/last.pt",
         "dae/best.pt", "small/best.pt", "top.csv", "top.jsonl", "seen.parquet",

@@ -24,6 +24,7 @@ EXCEPTIONS = {
     "write_recommendations: Parquet needs polars; run pip install 'fastvae-cf[cli]'",
     "recbole: the models need RecBole, which is missing; run pip install 'fastvae-cf[recbole]'",
     "lenskit: the scorers need LensKit, which is missing; run pip install 'fastvae-cf[lenskit]'",
+    "write_user_values: Parquet needs polars; run pip install 'fastvae-cf[cli]'",
     "fit: progress must be False without rich; pip install 'fastvae-cf[cli]'",
     "{op}: a GPU needs triton, which is missing; pip install triton, or move clicks and model to the CPU",
     "movielens_100k: pip could not fetch the data into {cache} ({type(error).__name__}); check the network, "

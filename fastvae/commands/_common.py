@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from .. import console
 from ..checkpoint import load_model
+from ..clicks import Clicks
+from ..data import Dataset, map_items
 from ..dataset_folder import is_dataset_folder
 from ..models import MultiDAE, MultiVAE
-from ..run_folder import BEST
+from ..run_folder import BEST, read_config
 
 
 def device_named(name: str | None) -> torch.device:
@@ -89,3 +92,34 @@ def new_model(
         raise ValueError(
             f"{command}: hidden and latent must be widths whose weights fit in memory, got {p_dims}"
         ) from error
+
+
+def check_users(command: str, users: str) -> None:
+    if users not in ("test", "vad"):
+        raise ValueError(f"{command}: users must be test or vad, got {users}")
+
+
+def measured_clicks(
+    run: Path, data: Dataset, users: str, n_items: int, vocabulary: list[str] | None
+) -> tuple[Clicks, Clicks, Clicks]:
+    """Train, fold-in and held-out clicks of a dataset in the order of a model's items."""
+    check_items(run, n_items, vocabulary, data.items)
+    _note_other_split(run, data)
+    parts = data.test if users == "test" else data.validation
+    # the checkpoint's order of the items counts, not the dataset's
+    train, fold_in, held_out = (
+        map_items(x, data.items, vocabulary or data.items)[0] for x in (data.train, *parts)
+    )
+    return train, fold_in, held_out
+
+
+def _note_other_split(run: Path, data: Dataset) -> None:
+    """A line on stderr where the run was trained on other users than the dataset's: test users may be among them."""
+    folder = run.parent if run.name in ("best.pt", "last.pt") else run
+    if not (folder / "config.json").is_file():
+        return
+    if read_config(folder).get("train") != data.train.fingerprint():
+        console.note(
+            f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
+            "those measured here"
+        )

@@ -1,4 +1,4 @@
-"""fastvae evaluate: metrics of a run on held-out users."""
+"""fastvae evaluate: metrics of a run on held-out users, beside the baselines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..data import Dataset, map_items
-from ..evaluate import METRICS, Popularity, evaluate
+from ..baselines import choose_baselines
+from ..data import Dataset
+from ..evaluate import METRICS, evaluate
 from ..options import DatasetArg, Device, Quirk, RunArg
-from ..run_folder import read_config
-from ._common import check_items, device_named, load_run
+from ..user_values import check_user_values_path, write_user_values
+from ._common import check_users, device_named, load_run, measured_clicks
 
 DEFAULT_METRICS = list(METRICS)
 
@@ -24,42 +25,47 @@ def evaluate_command(
     users: Annotated[str, typer.Option(help="test or vad (validation).")] = "test",
     metric: Annotated[
         list[str],
-        typer.Option(help="Such as ndcg@100 or recall@20; may be given several times."),
+        typer.Option(
+            help="Such as ndcg@100: ndcg, recall, precision, map, mrr, hit, novelty or coverage; may be given "
+            "several times."
+        ),
     ] = DEFAULT_METRICS,
+    baselines: Annotated[
+        bool | None,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Item-kNN and EASE beside popularity.",
+            show_default="where they take seconds",
+        ),
+    ] = None,
+    per_user: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the metrics of each user: .csv or .parquet.", show_default="none"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     tanh_after_dropout: Quirk = False,
     device: Device = None,
 ) -> None:
-    """Measure a model on held-out users, beside the popularity baseline."""
-    if users not in ("test", "vad"):
-        raise ValueError(f"evaluate: users must be test or vad, got {users}")
+    """Measure a model on held-out users, beside baselines that it should beat."""
+    check_users("evaluate", users)
+    if per_user is not None:
+        # before minutes of work
+        check_user_values_path(per_user)
     net, vocabulary = load_run(run, tanh_after_dropout)
     data = Dataset.load(dataset)
-    check_items(run, net.n_items, vocabulary, data.items)
-    _warn_of_other_split(run, data)
-    parts = data.test if users == "test" else data.validation
-    # the checkpoint's order of the items counts, not the dataset's
-    train_clicks, fold_in, held_out = (
-        map_items(x, data.items, vocabulary or data.items)[0] for x in (data.train, *parts)
-    )
+    train, fold_in, held_out = measured_clicks(run, data, users, net.n_items, vocabulary)
     net = net.to(device_named(device))
-    results = {
-        type(net).__name__: evaluate(net, fold_in, held_out, metrics=metric),
-        "popularity": evaluate(Popularity(train_clicks), fold_in, held_out, metrics=metric),
-    }
+    makers, left_out = choose_baselines(train, baselines)
+    results = {type(net).__name__: evaluate(net, fold_in, held_out, metrics=metric, train=train)}
+    for name, make in makers.items():
+        results[name] = evaluate(make(train), fold_in, held_out, metrics=metric, train=train)
+    if per_user is not None:
+        write_user_values(per_user, data.users_test if users == "test" else data.users_vad, results)
     if as_json:
         print(json.dumps({name: result.to_dict() for name, result in results.items()}))
     else:
         console.show_results(results)
-
-
-def _warn_of_other_split(run: Path, data: Dataset) -> None:
-    """A line on stderr where the run was trained on other users than the dataset's: test users may be among them."""
-    folder = run.parent if run.name in ("best.pt", "last.pt") else run
-    if not (folder / "config.json").is_file():
-        return
-    if read_config(folder).get("train") != data.train.fingerprint():
-        console.note(
-            f"{run} was trained on other clicks than this dataset's train users; users that it knows may be among "
-            "those measured here"
-        )
+    for why in left_out:
+        console.note(why)
