@@ -329,8 +329,8 @@ def test_kernels_with_a_formula_exist():
 
 def test_epochs_in_recboles_trainer_are_compared_in_the_pairs_that_ran_side_by_side():
     times = {"recbole": [4.0, 8.0, 12.0], "fastvae": [2.0, 8.0, 1.0]}
-    compared = recbole._compared(times)
-    assert compared["median"] == {"recbole": 8.0, "fastvae": 2.0}
-    assert compared["times_faster"] == {"recbole": 1.0, "fastvae": 2.0}  # of 2, 1 and 12, not 8 / 2
+    compared = recbole._compared(times, epochs=2)
+    assert compared["epoch"] == {"recbole": 12.0, "fastvae": 5.5}
+    assert compared["times_faster"] == {"recbole": 1.0, "fastvae": 2.0}  # of 2, 1 and 12
     summary = recbole._summary([{"seed": 0, "ndcg@20": 0.1}, {"seed": 1, "ndcg@20": 0.3}])
     assert summary == {"ndcg@20": {"mean": 0.2, "std": 0.1414}}
