@@ -150,7 +150,7 @@ class Adam(torch.optim.Adam):
                     "Adam: a step must run before a CUDA graph is captured, got a weight without one"
                 )
             state |= {name: torch.zeros_like(weight) for name in _MEANS}
-            state["step"] = torch.zeros((), device=weight.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             _settle(weight, state)
         elif not _is_laid_out_as(weight, state["exp_avg"]):
             _settle(weight, state)

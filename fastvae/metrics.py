@@ -249,7 +249,9 @@ class UserValues:
         rows = [
             self._value(kind, items[:, :k], hits[:, :k], n_held_out, k) for kind, k in self.wanted
         ]
-        return torch.stack(rows) if rows else torch.empty(0, len(items), device=items.device)
+        if not rows:
+            return torch.empty(0, len(items), dtype=torch.float64, device=items.device)
+        return torch.stack(rows)
 
     def _value(self, kind: str, items: Tensor, hits: Tensor, n_held_out: Tensor, k: int) -> Tensor:
         best = n_held_out.clamp(max=k)

@@ -83,7 +83,7 @@ class _OnClicks(GeneralRecommender, AutoEncoderMixin, Drawing):
         users, items = (dataset.inter_feat[name] for name in (self.USER_ID, self.ITEM_ID))
         self.clicks = Clicks.from_pairs(users, items, self.n_users, self.n_items).to(self.device)
         # RecBole shuffles the clicks here: without the draw a seed would give other initial weights
-        torch.randperm(len(users))
+        torch.randperm(len(users), device="cpu")
 
     def get_rating_matrix(self, user: Tensor) -> Tensor:
         """Dense clicks of some users [n, n_items]."""

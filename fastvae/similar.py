@@ -76,7 +76,8 @@ def user_vectors(
     # each layer's output and its activation; a first layer of another kind takes dense rows
     widths = net.n_items + sum(net.q_dims[1:]) + net.q_dims[-1] + sum(net.p_dims[:-1])
     size = max(MIN_ROWS, BLOCK_BYTES // (8 * widths))
-    vectors = torch.ones(len(clicks), net.decode.output.in_features + 1, device="cpu")
+    width = net.decode.output.in_features + 1
+    vectors = torch.ones(len(clicks), width, dtype=torch.float32, device="cpu")
     for start in range(0, len(clicks), size):
         stop = min(start + size, len(clicks))
         with evaluating(net):

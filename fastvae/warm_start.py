@@ -125,7 +125,7 @@ class WarmStart:
         for name, weight in model.named_parameters():
             weight.copy_(self._taken_over(model, name, self.weights[name], weight))
         if self.n_new:
-            is_new = torch.ones(model.n_items, dtype=torch.bool)
+            is_new = torch.ones(model.n_items, dtype=torch.bool, device="cpu")
             is_new[self.known] = False
             _set_biases(model, train, is_new.to(train.device))
         if self.moments is not None:
@@ -212,7 +212,7 @@ def _set_biases(model: MultiVAE | MultiDAE, train: Clicks, is_new: Tensor) -> No
     """
     bias = model.decode.output.bias
     bias[is_new] = -torch.inf  # out of the sum over known items
-    sample = train.rows(torch.arange(0, train.n_users, -(-train.n_users // MAX_USERS)))
+    sample = train.rows(range(0, train.n_users, -(-train.n_users // MAX_USERS)))
     scorer = BlockScorer(model, sample, 1, None, keep_seen=True)
     lse = torch.cat([scorer.scores(start).double().logsumexp(1) for start in scorer.starts])
     part = train.compact()

@@ -82,7 +82,7 @@ def _step_on_meta(model, sizes: list[int], precision: str, counts: bool, lr: flo
         # twice, since the first step finds no copies by the optimiser yet
         for size in [size for size in sizes for _ in range(2)]:
             nll, kld = twin.loss_terms(_clicks(size, twin.n_items, counts))
-            beta = torch.empty((), device=META)
+            beta = torch.empty((), dtype=torch.float32, device=META)
             backward_of_mean(nll, kld, beta, weights)
             optimizer.step()
     twin.eval()
@@ -95,6 +95,6 @@ def _clicks(n_users: int, n_items: int, counts: bool) -> Clicks:
     """A batch on the meta device."""
     indptr, rows = (torch.empty(n, dtype=torch.int64, device=META) for n in (n_users + 1, n_users))
     indices = torch.empty(1, dtype=torch.int32, device=META)
-    values = torch.empty(1, device=META) if counts else None
+    values = torch.empty(1, dtype=torch.float32, device=META) if counts else None
     empty = Clicks([0], [], n_items=n_items)
     return empty._like(indptr, indices, values, n_items, rows)

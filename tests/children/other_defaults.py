@@ -24,6 +24,7 @@ from fastvae import (
     sparse_linear,
     vae_loss_fn,
 )
+from fastvae.similar import item_vectors, similar_items, user_vectors
 
 torch.manual_seed(0)
 hidden, weight, bias = torch.randn(2, 4), torch.randn(9, 4), torch.randn(9)
@@ -82,6 +83,10 @@ def trained(model, data, x):
         recommend(model, [], k=2, items=list("abcdefghi")).scores.tolist(),
         told(*loaded.state_dict().values(), *plain.state_dict().values()),
         told(found.items, found.scores, x.rows([2, 0]).transpose().row_sums()),
+        told(user_vectors(model, x), item_vectors(model), similar_items(model, 3, k=2).scores),
+        recommend(
+            model, x, k=2, allowed=[1, 2], popularity_penalty=0.3, popularity=x
+        ).scores.tolist(),
     ]
 
 
