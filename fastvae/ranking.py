@@ -170,8 +170,8 @@ class BlockScorer:
     rules      which items are scored, and what is taken from their logits; by default all, and nothing
 
     scores(start) gives rows start .. start + block_size as [n, width] fp32, valid until the next call; width is
-    n_items rounded up to a multiple of GROUP, and the columns beyond n_items are -inf. Under rules that leave items
-    out, a column stands for each item left: items(columns) says for which.
+    n_items rounded up to a multiple of GROUP, and the columns beyond n_items are -inf. Under rules that leave at most
+    half of the items, a column stands for each item left: items(columns) says for which.
     """
 
     def __init__(
@@ -185,7 +185,8 @@ class BlockScorer:
     ):
         rules = (rules or Rules()).to(clicks.device)
         self.model, self.clicks, self.keep_seen = model, clicks.compact(), keep_seen
-        self.chosen, self.penalty = rules.columns, rules.penalty
+        self.chosen, self.left_out = _columns(rules.columns, clicks.n_items)
+        self.penalty = rules.penalty
         self.n_scored = clicks.n_items if self.chosen is None else len(self.chosen)
         # a column more than items left: clicks on the others are masked there
         width = -(-(self.n_scored + (self.chosen is not None)) // GROUP) * GROUP
@@ -215,8 +216,7 @@ class BlockScorer:
         self.column[self.chosen] = torch.arange(self.n_scored, device=self.chosen.device)
         # -1, for no item, finds the last one
         self.item = nn.functional.pad(self.chosen, (0, 1), value=-1)
-        # a copy of more weight rows than half would take longer than their products
-        if has_last_layer(self.model) and self.n_scored <= n_items // 2:
+        if has_last_layer(self.model):
             missing = max(0, MIN_ROWS - self.n_scored)
             self.alone = nn.functional.pad(self.chosen, (0, missing))
 
@@ -233,6 +233,8 @@ class BlockScorer:
         scores[:, : self.n_scored] = self._logits(start, stop)
         if self.penalty is not None:
             scores[:, : self.n_scored] -= self.penalty
+        if self.left_out is not None:
+            scores.index_fill_(1, self.left_out, -torch.inf)
         if not self.keep_seen:
             users, items = entries(self.clicks, self.offsets, start, stop)
             columns = items if self.chosen is None else self.column[items]
@@ -258,6 +260,16 @@ class BlockScorer:
             )
         logits = logits[: stop - start]
         return logits if self.chosen is None else logits.index_select(1, self.chosen)
+
+
+def _columns(left: Tensor | None, n_items: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of the items left: those to score, where they are at most half, or those to mask."""
+    # to copy more scores, or weight rows, than half takes longer than to mask the others
+    if left is None or len(left) <= n_items // 2:
+        return left, None
+    mask = torch.ones(n_items, dtype=torch.bool, device=left.device)
+    mask[left] = False
+    return None, mask.nonzero()[:, 0]
 
 
 def block_of(clicks: Clicks, start: int, stop: int) -> Clicks:
