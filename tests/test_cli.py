@@ -349,7 +349,8 @@ REFUSED = [
     ("evaluate missing data --users all", "evaluate: --users must be test or vad, got all"),
     (
         "evaluate trained data --metric map",
-        "evaluate: --metric must be names like 'ndcg@100' or 'recall@20', got 'map'",
+        "evaluate: --metric must be names like 'ndcg@100' or 'recall@20', got 'map'; the kinds are ndcg, recall, "
+        "precision, map, mrr, hit, novelty, coverage",
     ),
     (
         "demo one_user.csv",
