@@ -34,6 +34,8 @@ CAUSES = {
     "train.py": "Training",
     "trainer.py": "A training under way",
     "warm_start.py": "Warm starts",
+    "tune.py": "Searches for settings",
+    "trials.py": "Trials of a search",
     "step.py": "The training step",
     "adam.py": "The optimiser",
     "warmup.py": "Compiling beforehand",

@@ -12,7 +12,18 @@ from typing import Any
 import typer
 
 from . import _interrupt, console
-from .commands import compare, convert, demo, evaluate, prepare, recommend, similar, train, warmup
+from .commands import (
+    compare,
+    convert,
+    demo,
+    evaluate,
+    prepare,
+    recommend,
+    similar,
+    train,
+    tune,
+    warmup,
+)
 from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
@@ -29,6 +40,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 app.command()(prepare.prepare)
 app.command()(train.train)
+app.command()(tune.tune)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("compare")(compare.compare_command)
 app.command()(recommend.recommend)

@@ -12,6 +12,7 @@ from .compare import Comparison
 from .data import Dataset
 from .evaluate import Evaluation
 from .events import DROPPED, Events
+from .trials import Tuning
 
 out, err = Console(), Console(stderr=True)
 
@@ -160,3 +161,14 @@ def show_comparison(
         f"{n_users:,} users in both; {confidence:.0%} bootstrap intervals over users, p of a paired t-test; "
         "another split or seed of the training varies more than that"
     )
+
+
+def show_trials(tuning: Tuning, most: int = 10) -> None:
+    """Print the best trials of a search, a row each."""
+    names = ("number", "state", "ndcg", "best_epoch", "hidden", "latent", "dropout", "lr")
+    table = Table("trial", "", "NDCG@100", "best epoch", *names[4:], box=None)
+    for trial in tuning.trials[:most]:
+        values = {**vars(trial), "ndcg": f"{trial.ndcg:.4f}", "lr": f"{trial.lr:.2g}"}
+        table.add_row(*(str(values[name]) for name in names))
+    out.print(table)
+    say(f"cap of beta {tuning.anneal_cap:g}, read off {len(tuning.annealing)} epochs of annealing")

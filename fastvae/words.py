@@ -21,6 +21,7 @@ _SOURCES = {
     ("train", "path"): "warm_start",
     ("train", "dropout_enc"): "dropout",
     ("train", "p_dims"): "hidden and latent",
+    ("tune", "folder"): "dataset",
     ("evaluate", "folder"): "dataset",
     ("evaluate", "metrics"): "metric",
     ("evaluate", "path"): "per_user",

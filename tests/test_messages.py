@@ -36,6 +36,8 @@ EXCEPTIONS = {
     "they are ignored",
     "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know; "
     "they are ignored",
+    # Ctrl-C: no error
+    "stopped after {n} trials; saved in {path}, the same command goes on",
     "fastvae: the training step could not be captured as a CUDA graph, eager steps go on ({reason})",
 }  # fmt: skip
 
