@@ -17,6 +17,8 @@ class Drawing(nn.Module):
     """A module that draws; generator None is torch's own of the device."""
 
     generator: torch.Generator | None = None
+    # where the module sees some rows of a batch of which other processes see the others: these, and the batch's length
+    share: tuple[slice, int] | None = None
 
     def draw_seed(self, device: torch.device) -> Tensor:
         """Seed of the dropout of clicks, int64 [1], on the device: a replayed graph draws a new one, nothing waits."""
@@ -24,12 +26,23 @@ class Drawing(nn.Module):
 
     def draw_noise(self, like: Tensor) -> Tensor:
         """Standard normal noise of the shape and dtype of like."""
+        if self.share is not None:
+            own, n_users = self.share
+            whole = like.new_empty((n_users, *like.shape[1:]))
+            return whole.normal_(generator=self.generator)[own]
         if self.generator is None:
             return torch.randn_like(like)
         return torch.empty_like(like).normal_(generator=self.generator)
 
     def drop(self, h: Tensor, p: float) -> Tensor:
         """F.dropout of a module in training, which knows torch's own generator only; the same numbers from another."""
+        if self.share is not None:
+            own, n_users = self.share
+            whole = self._drop(h.new_ones((n_users, *h.shape[1:])), p)
+            return h * whole[own]
+        return self._drop(h, p)
+
+    def _drop(self, h: Tensor, p: float) -> Tensor:
         if self.generator is None or p == 1:
             return F.dropout(h, p)
         keep = torch.empty_like(h).bernoulli_(1 - p, generator=self.generator)

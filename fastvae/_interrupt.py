@@ -45,8 +45,11 @@ if (
 
 
 @contextlib.contextmanager
-def held_interrupt() -> Iterator[Any]:
-    """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once."""
+def held_interrupt(terminated: bool = False) -> Iterator[Any]:
+    """Ctrl-C only sets a flag, which is read between two updates; a second Ctrl-C interrupts at once.
+
+    terminated  whether SIGTERM sets it too, as torchrun sends it 30 seconds before it kills
+    """
     flag = threading.Event()
     before = signal.getsignal(signal.SIGINT)
     # signals reach the main thread only; a background job that ignores Ctrl-C goes on ignoring it, and a handler that
@@ -61,7 +64,10 @@ def held_interrupt() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, handle)
+    before_term = signal.signal(signal.SIGTERM, lambda *_: flag.set()) if terminated else None
     try:
         yield flag.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+        if terminated:
+            signal.signal(signal.SIGTERM, before_term)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,9 @@ class _Stack(nn.Module):
 class Encoder(Drawing):
     """Clicks or a dense x to the last encoder layer's output."""
 
+    # where other processes hold the other items: parallel.ItemPart
+    part: Any = None
+
     def __init__(
         self,
         q_dims,
@@ -101,17 +105,17 @@ class Encoder(Drawing):
             x = x.to_dense().to(dtype_of(self))
         if isinstance(x, Clicks):
             drops = self.training and dropout > 0
-            seed = self.draw_seed(x.device) if drops else None
-            h = sparse_linear(
-                x,
-                layer.weight,
-                layer.bias,
-                dropout=dropout if drops else 0.0,
-                seed=seed,
-                normalize=self.normalize_input,
-                tanh=active and self.activation == "tanh",
-                tanh_input=self.tanh_after_dropout,
-            )
+            options: dict[str, Any] = {
+                "dropout": dropout if drops else 0.0,
+                "seed": self.draw_seed(x.device) if drops else None,
+                "normalize": self.normalize_input,
+                "tanh": active and self.activation == "tanh",
+                "tanh_input": self.tanh_after_dropout,
+            }
+            if self.part is None:
+                h = sparse_linear(x, layer.weight, layer.bias, **options)
+            else:
+                h = self.part.first_layer(layer, x, **options)
             return torch.relu(h) if active and self.activation == "relu" else h
         h = F.normalize(x, dim=1) if self.normalize_input else x
         h = layer(_dropout(self, h, dropout))

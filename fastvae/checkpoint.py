@@ -36,9 +36,10 @@ def write_checkpoint(
     path: str | os.PathLike[str],
     model: MultiVAE | MultiDAE,
     items: Sequence[str] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     **state: Any,
 ) -> None:
-    """Write a model, the external ids of its items, and any further tensors and numbers; all or nothing.
+    """Write a model (with these weights where given), the external ids of its items, and any further tensors and numbers; all or nothing.
 
     Raises: OSError (a full disk, say) with the file's name; whatever stood at path is still there then.
     """
@@ -50,7 +51,8 @@ def write_checkpoint(
         if items is None
         else [str(item) for item in check_ids("checkpoint", "items", items)],
     }
-    parts = {"meta": json.dumps(meta), "model": model.state_dict(), **state}
+    weights = model.state_dict() if weights is None else weights
+    parts = {"meta": json.dumps(meta), "model": weights, **state}
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(parts, file)

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ._checks import check_catalogue, check_integer
 from .baselines import Popularity
 from .clicks import Clicks
 from .metrics import KINDS, Coverage, UserValues, find_hits, ndcg_at_k, recall_at_k
-from .ranking import BlockScorer, check_model, device_of, entries, is_not_finite, top_k
+from .ranking import BlockScorer, check_model, device_of, entries, is_not_finite
 
 __all__ = ["METRICS", "Evaluation", "Popularity", "evaluate", "ndcg_at_k", "recall_at_k", "unseen"]
 
@@ -80,6 +81,8 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     *,
     train: Clicks | None = None,
+    parallel: str | None = None,
+    group: Any = None,
 ) -> Evaluation:
     """Means of metrics with standard errors: fold_in goes in, held_out is to be found.
 
@@ -102,6 +105,9 @@ def evaluate(
     progress    called after each block with the number of users done
     train       Clicks [n_train_users, n_items]: the training clicks, in which novelty@K counts the items' users; no other
                 metric asks for them
+    parallel    "users" or "items": each process of the group scores its share of them, and all have the result;
+                called by all of them with the same arguments. None: this process alone
+    group       of torch.distributed; None: the default one
     returns     Evaluation; users with an empty row in fold_in or held_out are skipped and counted
 
     A GPU is waited for before the first block and after the last, not between. A held-out click that is in fold_in too
@@ -116,19 +122,36 @@ def evaluate(
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     wanted = {name: _parse(name) for name in names}
     _check(model, fold_in, held_out, wanted, block_size, train)
+    if parallel is None:
+        return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, None)
+    from ._parallel_scores import shared_scores
+
+    with shared_scores("evaluate", model, parallel, group) as share:
+        return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, share)
+
+
+def _evaluated(
+    model, fold_in, held_out, wanted, block_size, progress, train, share: Any
+) -> Evaluation:
+    """share says how several processes share the work, see _parallel_scores.py; None: they do not."""
     device, n_users = device_of(model, fold_in.device), fold_in.n_users
     fold_in, held_out = (clicks.compact().to(device) for clicks in (fold_in, held_out))
-    held_out = unseen("evaluate", fold_in, held_out)
+    held_out = unseen("evaluate", fold_in, held_out, stacklevel=4)
     users = _evaluable(fold_in, held_out)
-    fold_in, held_out = (clicks.rows(users).compact() for clicks in (fold_in, held_out))
+    own = users if share is None else users[share.rows(len(users))]
+    fold_in, held_out = (clicks.rows(own).compact() for clicks in (fold_in, held_out))
     by_user = {name: kind for name, kind in wanted.items() if kind[0] != "coverage"}
     covered = Coverage(
         [k for kind, k in wanted.values() if kind == "coverage"], fold_in.n_items, device
     )
     to_values = UserValues([*by_user.values()], fold_in.n_items, device, train)
     k = min(max(k for _, k in wanted.values()), fold_in.n_items)
-    scorer = BlockScorer(model, fold_in, k, block_size)
-    values = _user_values(scorer, k, held_out, to_values, covered, progress).cpu().numpy()
+    make_scorer = BlockScorer if share is None else share.scorer
+    scorer = make_scorer(model, fold_in, k, block_size)
+    of_users = _user_values(scorer, k, held_out, to_values, covered, progress)
+    if share is not None:
+        of_users, covered.seen = share.joined(of_users, len(users)), share.any(covered.seen)
+    values = of_users.cpu().numpy()
     bad = values[-1] > 0
     if bad.any():
         raise ValueError(
@@ -145,7 +168,7 @@ def _user_values(scorer, k, held_out, to_values, covered, progress) -> Tensor:
         len(to_values.wanted) + 1, len(n_held_out), dtype=torch.float64, device=n_held_out.device
     )
     for start in scorer.starts:
-        best, items = top_k(scorer.scores(start), k)
+        best, items = scorer.best(start, k)
         stop = start + len(items)
         hits = find_hits(items, *entries(held_out, offsets, start, stop), held_out.n_items)
         out[:-1, start:stop] = to_values(items, hits, n_held_out[start:stop])

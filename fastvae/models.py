@@ -13,6 +13,7 @@ encode.q_layers.linear_0.weight and so on, every weight [out, in].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ class _MultiModel(Drawing):
 
     # whether the encoder gives mu and logvar
     two_heads: bool
+    # where other processes hold the other items: parallel.ItemPart
+    part: Any = None
 
     def __init__(
         self,
@@ -95,6 +98,8 @@ class _MultiModel(Drawing):
         if not (is_only(self.decode, Decoder) and is_only(self.decode.output, nn.Linear)):
             return multinomial_nll(self.decode(z), clicks)
         hidden, last = self.decode.hidden(z), self.decode.output
+        if self.part is not None:
+            return self.part.nll(hidden, last, clicks)
         return linear_multinomial_nll(hidden, last.weight, last.bias, clicks)
 
     def loss(

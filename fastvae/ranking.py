@@ -54,8 +54,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     items = torch.arange(width, device=scores.device)
     if _n_keys(width, k) < width:
         scores, items = _candidates(scores, k)
-    keys = torch.topk(_keys(scores, items), k, dim=1).values
-    values, items = _scores_of(keys), _items_of(keys)
+    keys = torch.topk(keys_of(scores, items), k, dim=1).values
+    values, items = scores_of(keys), items_of(keys)
     return values, items.masked_fill_(values == -torch.inf, -1)
 
 
@@ -78,13 +78,13 @@ def _candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = scores.reshape(-1, GROUP)
     number = torch.arange(max(n_users, n_groups), device=scores.device)
     best = groups.amax(1).view(n_users, n_groups)
-    chosen = _items_of(torch.topk(_keys(best, number[:n_groups]), k, dim=1).values)
+    chosen = items_of(torch.topk(keys_of(best, number[:n_groups]), k, dim=1).values)
     rows = (chosen + number[:n_users, None] * n_groups).view(-1)
     items = chosen[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)
     return groups.index_select(0, rows).view(n_users, -1), items.view(n_users, -1)
 
 
-def _keys(scores: Tensor, items: Tensor) -> Tensor:
+def keys_of(scores: Tensor, items: Tensor) -> Tensor:
     """int64 keys in the order of top_k: the sortable bits of the score above, the item, reversed, below."""
     # + 0.0 makes -0.0 equal to 0.0
     bits = (scores + 0.0).view(torch.int32)
@@ -97,11 +97,13 @@ def _keys(scores: Tensor, items: Tensor) -> Tensor:
     return keys
 
 
-def _items_of(keys: Tensor) -> Tensor:
+def items_of(keys: Tensor) -> Tensor:
+    """The items of keys."""
     return _MAX_ITEM - (keys & 0xFFFFFFFF)
 
 
-def _scores_of(keys: Tensor) -> Tensor:
+def scores_of(keys: Tensor) -> Tensor:
+    """The scores of keys, fp32."""
     bits = (keys >> 32).int()
     return (bits ^ ((bits >> 31) & _MAX_ITEM)).view(torch.float32)
 
@@ -150,12 +152,22 @@ def check_model(where: str, model: Any) -> int:
         raise ValueError(
             f"{where}: model must have weights in memory, got the device meta; load weights into it"
         )
-    return n_items
+    # of a model whose other items are with other processes, those of all
+    part = getattr(model, "part", None)
+    return n_items if part is None else part.n_items
 
 
 def device_of(model: nn.Module, default: torch.device) -> torch.device:
     """Device of the model's first parameter or buffer; default for a model without any."""
     return next((t.device for t in chain(model.parameters(), model.buffers())), default)
+
+
+def default_block_size(n_items: int, k: int, more: int = 0) -> int:
+    """Users whose scores and k best items are found in BLOCK_BYTES, with so many bytes more of each."""
+    width = -(-n_items // GROUP) * GROUP
+    # logits and scores; keys with their temporaries; what evaluation holds for each rank
+    row_bytes = 8 * width + 24 * _n_keys(width, k) + 64 * k + more
+    return max(MIN_ROWS, BLOCK_BYTES // max(1, row_bytes))
 
 
 class BlockScorer:
@@ -192,11 +204,8 @@ class BlockScorer:
         width = -(-(self.n_scored + (self.chosen is not None)) // GROUP) * GROUP
         self._choose(clicks.n_items, width)
         if block_size is None:
-            # logits and scores; keys with their temporaries; what evaluation holds for each rank
-            row_bytes = 8 * width + 24 * _n_keys(width, k) + 64 * k
-            if self.chosen is not None and self.alone is None:
-                row_bytes += 4 * clicks.n_items
-            block_size = max(MIN_ROWS, BLOCK_BYTES // max(1, row_bytes))
+            more = 4 * clicks.n_items if self.chosen is not None and self.alone is None else 0
+            block_size = default_block_size(width, k, more)
         self.block_size = min(block_size, max(1, clicks.n_users))
         # read once, so that no block has to ask the device
         self.offsets = self.clicks.indptr.cpu().numpy()
@@ -245,6 +254,10 @@ class BlockScorer:
     def items(self, columns: Tensor) -> Tensor:
         """Items of columns of scores, both int64; -1 stays -1."""
         return columns if self.chosen is None else self.item[columns]
+
+    def best(self, start: int, k: int) -> tuple[Tensor, Tensor]:
+        """top_k of the block that begins at row start."""
+        return top_k(self.scores(start), k)
 
     def _logits(self, start: int, stop: int) -> Tensor:
         batch = block_of(self.clicks, start, stop)

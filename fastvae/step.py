@@ -173,11 +173,11 @@ class GraphedStep:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
             ):
-                nll, kld = self.model.loss_terms(clicks, self.per_click)
-            terms = torch.stack((nll.detach(), kld.detach())).sum(1, dtype=torch.float64)
+                nll, kld = self._losses(clicks)
+            terms = self._totals(nll.detach(), kld.detach())
             if not nll.is_cuda:
                 self._check(terms, len(clicks))
-            backward_of_mean(nll, kld, self.beta, weights)
+            self._differentiate(nll, kld, weights, len(clicks))
             if not isinstance(self.optimizer, Adam):
                 lay_out_gradients(weights)
             if self.max_norm is not None:
@@ -187,6 +187,19 @@ class GraphedStep:
         self._drop_gradients()
         self.sums += terms
         return terms
+
+    # what is done otherwise where several processes share a batch
+
+    def _losses(self, clicks: Clicks) -> tuple[Tensor, Tensor]:
+        return self.model.loss_terms(clicks, self.per_click)
+
+    def _totals(self, nll: Tensor, kld: Tensor) -> Tensor:
+        return torch.stack((nll, kld)).sum(1, dtype=torch.float64)
+
+    def _differentiate(
+        self, nll: Tensor, kld: Tensor, weights: list[nn.Parameter], n_users: int
+    ) -> None:
+        backward_of_mean(nll, kld, self.beta, weights)
 
     def _check(self, terms: Tensor, n_users: int) -> None:
         loss = (terms[0] + self.beta * terms[1]).item() / n_users

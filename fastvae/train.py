@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,8 @@ def fit(
     progress: bool = False,
     cuda_graph: bool | None = None,
     on_epoch: OnEpoch | None = None,
+    parallel: str | None = None,
+    group: Any = None,
     normalize: str | None = None,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
@@ -89,6 +92,10 @@ def fit(
     on_epoch    called with a copy of each epoch's row of metrics.jsonl, once last.pt is written; True ends the training as
                 if patience were out. What it raises leaves fit, the model as after this epoch; resume goes on from
                 there. A resumed run calls it for the epochs that it trains itself
+    parallel    "users" or "items": this is one of several processes, which share each batch's users or the items. All
+                call fit with the same arguments; process 0 alone writes, shows and calls back. The numbers are those of
+                one process, to rounding. None: one process. See docs/distributed.md
+    group       of torch.distributed, where parallel is given; None: the default one
 
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
@@ -106,26 +113,25 @@ def fit(
         check_choice("fit", "precision", precision, precisions(device)),
         check_integer("fit", "seed", seed, high=2**63),
     )
-    check_integer("fit", "epochs", epochs)
     for name, flag in (("resume", resume), ("progress", progress)):
         check_flag("fit", name, flag)
     wants_graph("fit", cuda_graph, device)
     _check_data(model, train, validation)
     items = None if items is None else check_ids("fit", "items", items, model.n_items)
-    _check_end(patience, validation, on_epoch)
+    _check_course(epochs, patience, validation, on_epoch, resume, run_dir)
     train = train.to(device)
-    if resume and run_dir is None:
-        raise ValueError("fit: run_dir must be given to resume, got None")
+    make_run, make_trainer, speaks = _makers(model, parallel, group, cuda_graph, warm_start)
     run = None
     if run_dir is not None:
-        run = RunFolder(Path(run_dir), model, settings.config(), train, validation, items)
+        run = make_run(Path(run_dir), model, settings.config(), train, validation, items)
     if validation is not None:
         validation = _evaluable(validation, device)
     # a resumed run has its weights and moments
     start = None if warm_start is None or resume else _warm_start(warm_start, model, items, run)
     with run.claimed(resume) if run else contextlib.nullcontext():
-        trainer = Trainer(model, train, validation, settings, run, cuda_graph)
-        with ProgressBar(progress, epochs, train.n_users) as bar, held_interrupt() as interrupted:
+        trainer = make_trainer(model, train, validation, settings, run, cuda_graph)
+        held, shown = held_interrupt(terminated=parallel is not None), progress and speaks
+        with ProgressBar(shown, epochs, train.n_users) as bar, held as interrupted:
             _begin(trainer, start, resume, bar)
             trainer.run_epochs(epochs, patience, bar, interrupted, on_epoch)
         trainer.finish()
@@ -155,8 +161,23 @@ def _check_data(model, train, validation) -> None:
         check_pair("fit", "validation", validation, model.n_items)
 
 
-def _check_end(patience, validation, on_epoch) -> None:
-    """What may end the training before its last epoch."""
+def _makers(model, parallel, group, cuda_graph, warm_start) -> tuple[Any, Any, bool]:
+    """What makes the run folder and the trainer, and whether this process shows a progress bar."""
+    if parallel is None:
+        return RunFolder, Trainer, True
+    if parallel == "items" and warm_start is not None:
+        raise ValueError(f"fit: warm_start must be None where parallel is items, got {warm_start}")
+    from .parallel_trainer import Several
+
+    several = Several(model, parallel, group, cuda_graph)
+    return several.run_folder, several.trainer, several.speaks()
+
+
+def _check_course(epochs, patience, validation, on_epoch, resume, run_dir) -> None:
+    """How far the training goes, what may end it before, and what it goes on with."""
+    check_integer("fit", "epochs", epochs)
+    if resume and run_dir is None:
+        raise ValueError("fit: run_dir must be given to resume, got None")
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
     if patience is not None:

@@ -79,7 +79,7 @@ class Settings:
         return settings | {"normalize": older}
 
 
-def _is_true(answer: Any) -> bool:
+def is_true(answer: Any) -> bool:
     """Whether a callback asks to stop; one that returns a list, a number or nothing does not."""
     return isinstance(answer, bool | np.bool_) and bool(answer)
 
@@ -94,12 +94,8 @@ class Trainer:
         self.settings, self.run = settings, run
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = Adam(self.weights, settings.lr, shadow=settings.precision == "bf16")
-        self.step = GraphedStep(
-            model,
-            self.optimizer,
-            per_click=settings.per_click,
-            precision=settings.precision,
-            cuda_graph=cuda_graph,
+        self.step = self._make_step(
+            cuda_graph, per_click=settings.per_click, precision=settings.precision
         )
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
@@ -107,6 +103,9 @@ class Trainer:
         self.sums = self.step.sums  # nll and kld, summed over the users of this epoch
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
+
+    def _make_step(self, cuda_graph: bool | None, **options: Any) -> GraphedStep:
+        return GraphedStep(self.model, self.optimizer, cuda_graph=cuda_graph, **options)
 
     def run_epochs(
         self,
@@ -132,7 +131,7 @@ class Trainer:
             row = self.result.history[-1]
             bar.epoch_done(row, self.result.best_epoch == self.epoch)
             # after last.pt: whatever the callback raises, the run can be resumed
-            if on_epoch is not None and _is_true(on_epoch(dict(row))):
+            if on_epoch is not None and is_true(on_epoch(dict(row))):
                 return
 
     def _compile_ahead(self) -> None:
@@ -203,13 +202,15 @@ class Trainer:
         if not math.isfinite(total):
             raise self._not_finite(total)
         # a finite loss may have had a gradient that is not: such weights are never saved
-        if not all(
-            torch.linalg.vector_norm(p, math.inf).isfinite() for p in self.model.parameters()
-        ):
+        if not self._has_finite_weights():
             raise RuntimeError(
                 f"fit: weights must be finite, got nan or inf after update {self.update} "
                 f"(epoch {self.epoch + 1}); {advice(self.run)}"
             )
+
+    def _has_finite_weights(self) -> bool:
+        weights = self.model.parameters()
+        return all(torch.linalg.vector_norm(p, math.inf).isfinite() for p in weights if p.numel())
 
     def _not_finite(self, value: float) -> RuntimeError:
         return RuntimeError(
@@ -228,9 +229,8 @@ class Trainer:
             "kld": kld, "beta": self.beta, "users_per_second": round(users_per_second, 1),
         }  # fmt: skip
         if self.validation is not None:
-            fold_in, held_out = self.validation
             try:
-                row[METRIC] = evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
+                row[METRIC] = self._validate()
             except ValueError as error:  # fit has checked everything else that evaluate refuses
                 raise RuntimeError(
                     f"fit: scores must be finite, got nan or inf after epoch {self.epoch}; {advice(self.run)}"
@@ -242,6 +242,10 @@ class Trainer:
         if self.result.best_epoch == 0 or not metric <= self.result.best_metric:
             self.result.best_epoch, self.result.best_metric = self.epoch, metric
             self._keep_best()
+
+    def _validate(self) -> float:
+        fold_in, held_out = self.validation
+        return evaluate(self.model, fold_in, held_out, metrics=(METRIC,))[METRIC]
 
     def _keep_best(self) -> None:
         if self.run is not None:

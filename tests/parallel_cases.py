@@ -1,0 +1,174 @@
+"""What the processes of tests/test_parallel.py do; the same without a group is what they are compared with."""
+
+import contextlib
+import itertools
+
+import torch
+import torch.distributed as dist
+from helpers import Fixed, random_clicks
+from training import N_ITEMS, learnable, model, weights
+
+from fastvae import MultiDAE, MultiVAE, evaluate, fit
+from fastvae.parallel import ItemPart, Processes
+from fastvae.parallel_trainer import UsersStep
+from fastvae.step import GraphedStep
+
+SIZES, CUTS = (1, 2, 3, 4), ("users", "items")
+MODELS = {"vae": MultiVAE, "dae": MultiDAE}
+# 33 + 33 + 33 + 1 users of a batch: the last one has fewer users than processes
+FIT = {"epochs": 5, "batch_size": 33, "total_anneal_steps": 0, "lr": 1e-2}
+
+
+def noisy(kind):
+    """A model that draws all there is: clicks, noise, hidden units."""
+    torch.manual_seed(0)
+    return MODELS[kind]([8, 16, N_ITEMS], dropout_enc=[0.5, 0.3], dropout_dec=[0.0, 0.3])
+
+
+def trained(kind, run_dir, resume_dir=None, **shared):
+    """History, weights and metrics after 20 updates; evaluation with the values of each user."""
+    train, validation = learnable()
+    net = noisy(kind)
+    called = []
+    options = FIT | {"run_dir": run_dir, "on_epoch": called.append, "per_click": kind == "dae"}
+    if resume_dir is not None:
+        options |= {"run_dir": resume_dir, "resume": True, "epochs": 7}
+    found = fit(net, train, validation, **options, **shared)
+    result = evaluate(net, *validation, ["ndcg@100", "recall@5", "coverage@3"], **shared)
+    return {
+        "history": found.history,
+        "best": found.best_epoch,
+        "weights": weights(net),
+        "metrics": result.mean,
+        "values": result.values,
+        "called": len(called),
+    }
+
+
+def few_items(**shared):
+    """Fewer items than processes."""
+    torch.manual_seed(0)
+    net = MultiVAE([2, 4, 3])
+    fit(net, random_clicks([1, 2, 0, 3, 2], 3), epochs=3, batch_size=2, **shared)
+    return weights(net)
+
+
+def step_of(cut, group, batch):
+    """Weights after one update of plain SGD at a rate of 1, whose change is the gradient, and nll and kld."""
+    net = noisy("vae")
+    before = weights(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    net.train()
+    torch.manual_seed(3)
+    if cut is None:
+        terms = GraphedStep(net, optimizer)(batch, beta=0.2)
+    elif cut == "users":
+        step = UsersStep(net, optimizer, Processes("fit", cut, group))
+        step._net.register_comm_hook(group, mean_of_bucket)
+        terms = step(batch, beta=0.2)
+    else:
+        part = ItemPart(Processes("fit", cut, group), net)
+        part.cut(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        SENT.clear()
+        terms = GraphedStep(net, optimizer, cuda_graph=False)(part.clicks(batch), beta=0.2)
+        sent = list(SENT)
+        part.join(net)
+        SENT[:] = sent
+    return {key: before[key] - value for key, value in weights(net).items()}, terms
+
+
+# bytes of each tensor that was reduced
+SENT: list[int] = []
+
+
+def mean_of_bucket(group, bucket):
+    """What DistributedDataParallel does with some gradients, by the function that counts."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    size = dist.get_world_size(group)
+    return work.get_future().then(lambda done: done.value()[0] / size)
+
+
+@contextlib.contextmanager
+def counting():
+    """Collect the bytes of what this process reduces."""
+    reduce = dist.all_reduce
+
+    def counted(t, *args, **options):
+        SENT.append(t.nbytes)
+        return reduce(t, *args, **options)
+
+    dist.all_reduce = counted
+    SENT.clear()
+    try:
+        yield
+    finally:
+        dist.all_reduce = reduce
+
+
+def messages(group, rank):
+    """What a block in which one process fails, and models that differ, give in each."""
+    processes, told = Processes("fit", "users", group), []
+    for fails in (None, 1, 0):
+        try:
+            with processes.together():
+                if rank == fails:
+                    raise ValueError(f"fit: process {rank} must not fail, got this")
+            told.append(None)
+        except ValueError as error:
+            told.append(str(error))
+    torch.manual_seed(rank)
+    for cut in CUTS:
+        try:
+            fit(MultiVAE([2, 4, N_ITEMS]), learnable()[0], epochs=1, parallel=cut, group=group)
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+def ties(group):
+    """Metrics of a model whose scores tie, by one process and shared by users."""
+    net = Fixed(*([1.0, 2.0] * (N_ITEMS // 2)))
+    _, validation = learnable()
+    names = ["ndcg@10", "map@5"]
+    return [
+        evaluate(net, *validation, names, **shared).mean
+        for shared in ({}, {"parallel": "users", "group": group})
+    ]
+
+
+def tied_items(**shared):
+    """Metrics of a model of zeros, which ranks by number alone."""
+    net = model()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.zero_()
+    fold_in, held_out = learnable()[1]
+    few = [clicks.rows([0, 1, 2]) for clicks in (fold_in, held_out)]
+    return [evaluate(net, *pair, ["ndcg@40"], **shared).mean for pair in ((fold_in, held_out), few)]
+
+
+def process(rank, port, folder):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=max(SIZES))
+    try:
+        groups = {size: dist.new_group(range(size)) for size in SIZES}
+        batch = learnable()[0].rows([5, 7, 2, 2, 90])
+        found = {}
+        for size, cut in itertools.product(SIZES, CUTS):
+            if rank >= size:
+                continue
+            shared = {"parallel": cut, "group": groups[size]}
+            for kind in MODELS:
+                run_dir = f"{folder}/{kind}-{cut}-{size}"
+                found[kind, cut, size] = trained(kind, run_dir, **shared)
+            found["few", cut, size] = few_items(**shared)
+            found["tied", cut, size] = tied_items(**shared)
+            with counting():
+                found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
+        found["messages"] = messages(groups[4], rank)
+        found["ties"] = ties(groups[4])
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
