@@ -19,7 +19,6 @@ from helpers import (
 )
 
 from fastvae import Clicks, reference
-from fastvae._item_range import item_range
 from fastvae.kernels import kept_clicks, tiles
 from fastvae.kernels.sparse_linear import sparse_linear_bwd_weight, sparse_linear_fwd
 from fastvae.kernels.sparse_linear_dvalues import sparse_linear_bwd_values
@@ -195,37 +194,6 @@ def test_row_ids_in_any_order_and_repeated(counts, tanh_input):
     check(clicks.rows([2, 0, 2, 1, 2]), *random_layer(BLOCK_NNZ + 1, 8), tanh_input=tanh_input)
 
 
-@pytest.mark.parametrize("counts", [False, True], ids=["binary", "counts"])
-def test_columns_of_a_larger_matrix(counts):
-    clicks = random_clicks([5, 0, 2 * BLOCK_NNZ + 1, 1], 2 * BLOCK_NNZ + 3, counts=counts)
-    clicks = clicks.rows([2, 0, 2, 3, 1])
-    (weight, _), dpre = random_layer(clicks.n_items, 8), torch.randn(5, 8, device=DEVICE)
-    y, scale = forward(clicks, weight, tanh=False)
-    whole = [y] + [weight_gradient(dpre, clicks, scale, way) for way in (False, True)]
-    found = [torch.zeros_like(y), [], []]
-    for first, last in itertools.pairwise([0, 3, 3, BLOCK_NNZ, clicks.n_items]):
-        part = item_range(clicks, first, last)
-        shift = {"shift": part.shift.to(DEVICE)}
-        own = weight[first:last].contiguous()
-        y, scale = forward(part, own, tanh=False, row_scale=part.row_scale.to(DEVICE), **shift)
-        found[0] += y
-        for n, way in enumerate((False, True)):
-            found[1 + n].append(weight_gradient(dpre, part, scale, way, **shift))
-        if counts:
-            dvalues = value_gradient(dpre, own, part, scale, normalize=False, **shift)
-            kept = reference.dropout_keep(torch.tensor([SEED]), whole_positions(part), 0.5)
-            assert torch.equal(dvalues.cpu() != 0, kept)
-    for a, b in zip([found[0], *map(torch.cat, found[1:])], whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def whole_positions(part):
-    """Position in the larger matrix of each click of the range's matrix."""
-    return torch.arange(len(part.indices)) + torch.repeat_interleave(
-        part.shifts, part.indptr.diff()
-    )
-
-
 @pytest.mark.parametrize("n_users", [WORD - 1, WORD, WORD + 1, BLOCK_U, BLOCK_U + WORD + 1])
 @pytest.mark.parametrize("counts", [False, True], ids=["binary", "counts"])
 def test_ordered_gradient_of_users_around_a_word_and_a_block(n_users, counts):
@@ -337,14 +305,14 @@ def test_a_bad_weight_is_loud_and_alone():
 @triton.jit
 def _keep_kernel(seed_ptr, n_ptr, keep_ptr, drop_below, BLOCK: tl.constexpr):
     k = tl.arange(0, BLOCK)
-    keep = kept_clicks.dropout_keep(seed_ptr, tl.load(n_ptr + k), drop_below)
+    keep = kept_clicks.dropout_keep(seed_ptr, 0, tl.load(n_ptr + k), drop_below)
     tl.store(keep_ptr + k, keep)
 
 
 def kernel_keep(seed, position, dropout):
     """dropout_keep by the kernels' own function."""
     keep = torch.zeros(len(position), dtype=torch.bool, device=DEVICE)
-    _, drop_below, _ = kept_clicks.dropout_arguments(seed_tensor(seed), dropout)
+    _, drop_below, _ = kept_clicks.dropout_arguments(seed_tensor(seed), None, dropout)
     _keep_kernel[(1,)](
         seed_tensor(seed), position.to(DEVICE), keep, drop_below, BLOCK=len(position)
     )
