@@ -1,4 +1,4 @@
-"""What the command prints: results on stdout, notes and errors on stderr, tables. Names in a text are never markup."""
+"""What the command prints: results on stdout, notes and errors on stderr, tables. Names in a text are never markup, nor :emoji:."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ out, err = Console(), Console(stderr=True)
 
 def say(text: str) -> None:
     """A line of results on stdout."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    out.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def heading(text: str) -> None:
@@ -29,12 +29,14 @@ def heading(text: str) -> None:
 
 def note(text: str) -> None:
     """A line on stderr, of what a user should know and need not mend."""
-    err.print(text, highlight=False, markup=False, soft_wrap=True)
+    err.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def complain(text: str) -> None:
     """A line on stderr, of what went wrong."""
-    err.print(f"fastvae: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+    err.print(
+        f"fastvae: {text}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
 
 
 def note_dropped(log: Events) -> None:

@@ -87,7 +87,7 @@ def test_the_column_of_ratings_is_shown_too(tmp_path, capsys, console):
 
 
 def test_names_are_never_markup(tmp_path, capsys, console):
-    name = "data[v2] [/] [red]x[/red]"
+    name = "data[v2] [/] [red]x[/red] :bomb:"
     for show in (console.say, console.note, console.complain, console.heading):
         show(name)
     printed = capsys.readouterr()
