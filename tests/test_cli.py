@@ -628,7 +628,7 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     monkeypatch.setattr(train, "fit", lambda *a, **k: calls.append((a, k)) or FitResult())
     settings = {
         "epochs": 3, "batch_size": 7, "lr": 0.5, "anneal_cap": 0.7, "total_anneal_steps": 9, "patience": 2,
-        "precision": "bf16", "seed": 4,
+        "precision": "bf16", "seed": 4, "warm_start": tmp_path / "older",
     }  # fmt: skip
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     layers = ("--hidden", "30,20", "--latent", 5, "--dropout", 0.25, "--model", "dae")
