@@ -99,6 +99,32 @@ class Dataset:
         info = {"n_events": x.nnz, "dropped": {}, "source": {"counts": counts}}
         return split_dataset(Events(x, user_ids, item_ids, info), n_heldout, seed, **split)
 
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        n_heldout: float = 0.1,
+        seed: int = 0,
+        *,
+        user: str | None = None,
+        item: str | None = None,
+        rating: str | None = None,
+        min_rating: float | None = None,
+        counts: bool = False,
+        **split: Any,
+    ) -> Dataset:
+        """Split the click log in a pandas or polars DataFrame.
+
+        user, item, rating, min_rating, counts  as in read_events, whose rules, counts and messages these are
+        n_heldout, seed, **split  arguments of split_dataset
+
+        Raises: as read_events and split_dataset; TypeError for other kinds of frame; ImportError without polars.
+        """
+        from .frames import events_from_frame
+
+        log = events_from_frame(frame, user, item, rating, min_rating, counts=counts)
+        return split_dataset(log, n_heldout, seed, **split)
+
     @property
     def n_items(self) -> int:
         """Size of the vocabulary."""

@@ -26,6 +26,7 @@ _GUESSES = {
     "item": "item itemid iid movieid productid parentasin asin bookid isbn songid trackid artistid albumid "
     "animeid gameid newsid articleid videoid businessid locationid venueid courseid sku sid i",
     "rating": "rating ratings score stars overall bookrating reviewscore playcount plays",
+    "time": "timestamp time datetime date unixtime unixreviewtime eventtime visittime clicktime createdat ratedat ts",
     "label": "label isclick isclicked click clicked islike isliked like liked target isbuy isbought bought ispurchase "
     "purchased iswatched watched isconversion converted conversion isrelevant relevant isattributed islistened",
     "quantity": "quantity qty units count counts amount",
@@ -113,7 +114,7 @@ class Table:
             plain = [_plain(name) for name in self.names]
             matches = [plain.index(guess) for guess in _GUESSES[role].split() if guess in plain]
         else:
-            matches = [("user", "item", "rating").index(role)]
+            matches = [("user", "item", "rating", "time").index(role)]
         if not matches or matches[0] >= len(self.names):
             got = "no column with a usual name" if wanted is None else repr(wanted)
             raise ValueError(
@@ -132,12 +133,8 @@ class Table:
         """A polars LazyFrame of these columns as text."""
         pl = import_polars()
         if self.separator is None:
-            frame = pl.scan_parquet(self.path, glob=False)
-            dtypes = frame.collect_schema()
             names = {role: self.names[k] for role, k in columns.items()}
-            return frame.select(
-                **{role: _text(pl, frame, name, dtypes[name]) for role, name in names.items()}
-            )
+            return texts_of(pl.scan_parquet(self.path, glob=False), names)
         if self.separator == "::":
             frame = self._split(pl, self._lines(pl))
         else:
@@ -201,6 +198,14 @@ class Table:
             return query(self.scan(columns)).collect(engine="streaming", optimizations=flags)
         except _read_errors(pl) as error:
             raise _unreadable(self.path, error) from error
+
+
+def texts_of(frame: Any, names: dict[str, str]) -> Any:
+    """The columns of a polars LazyFrame as text, by new names -> old ones. Raises: OSError for lists and the like."""
+    pl, dtypes = import_polars(), frame.collect_schema()
+    return frame.select(
+        **{new: _text(pl, frame, name, dtypes[name]) for new, name in names.items()}
+    )
 
 
 def _text(pl: Any, frame: Any, name: str, dtype: Any) -> Any:

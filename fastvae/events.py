@@ -25,6 +25,7 @@ from .event_ids import (
     suspects,
 )
 from .event_table import Table, import_polars, open_table
+from .event_times import parse_times
 
 # why an event is not in the dataset, in the order of the questions: the first yes counts
 DROPPED = {
@@ -40,6 +41,13 @@ DROPPED = {
     "vad_unknown_items": "a validation user's item that no train user has",
     "test_unknown_items": "a test user's item that no train user has",
 }
+# and where times are read, or the users of a split share their clicks
+DROPPED_BY_TIME = {
+    "missing_time": "no time",
+    "unparsable_time": "a time that is neither a number nor a date",
+    "no_history": "a test user who has no earlier click",
+}
+REASONS = {**DROPPED, **DROPPED_BY_TIME}
 _ROLES = ("user", "item")
 
 
@@ -51,12 +59,15 @@ class Events:
     users  [n_users] object array of str: ids as written, in order of their code points
     items  [n_items] object array of str
     info   n_events, dropped (reason -> number of events) and source; fit for JSON
+    times  [nnz] float64: when each click of x came first, in the unit of the log, dates in microseconds since 1970;
+           None where no times were read
     """
 
     x: Clicks
     users: np.ndarray
     items: np.ndarray
     info: dict[str, Any]
+    times: np.ndarray | None = None
 
 
 def read_events(
@@ -69,6 +80,7 @@ def read_events(
     separator: str | None = None,
     header: bool | None = None,
     counts: bool = False,
+    time: str | bool | None = None,
 ) -> Events:
     """Read a click log: CSV, TSV, RecBole's .inter, ``::``-separated text or Parquet; text may be gzipped.
 
@@ -82,6 +94,8 @@ def read_events(
         In files separated by tab or ``::`` double quotes are ordinary characters.
     header      default: yes where the first line has a known column name, no where it has a number
     counts      keep how often a pair comes as its value; by default a pair counts one
+    time        column name, or True for one that is recognised (timestamp, time, date, ...); by default no times are
+        read. Events without a time, or with one that is neither a number nor a date, are dropped then
 
     Ids stay the text that is written ("007" is not "7"); numbers of a Parquet file become their shortest text. NA,
     NULL, None, nan and the like are no ids where all others of the column have digits. The order of the rows does
@@ -93,10 +107,24 @@ def read_events(
     Raises: ValueError for a file that is no such log, and where one without a header has times, fractions or lists
     in a column that was taken for ids by its place; ImportError without polars.
     """
+    named = time if isinstance(time, str) else None
+    table = open_table(path, separator, header, (user, item, rating, named))
+    return events_of(table, user, item, rating, min_rating, counts, time)
+
+
+def events_of(
+    table: Table,
+    user: str | None,
+    item: str | None,
+    rating: str | None,
+    min_rating: float | None,
+    counts: bool,
+    time: str | bool | None,
+) -> Events:
+    """The events of an open table, as read_events says."""
     pl = import_polars()
     if min_rating is not None:
         min_rating = check_number("events", "min_rating", min_rating)
-    table = open_table(path, separator, header, (user, item, rating))
     columns = {"user": table.find("user", user), "item": table.find("item", item)}
     if columns["user"] == columns["item"]:
         raise ValueError(
@@ -104,6 +132,8 @@ def read_events(
         )
     if rating is not None or min_rating is not None or table.shows("rating"):
         columns["rating"] = table.find("rating", rating)
+    if time is not None and time is not False:
+        columns["time"] = table.find("time", None if time is True else time)
     frame = table.collect(columns, lambda texts: _reason(pl, texts, min_rating))
     if not len(frame):
         raise ValueError(
@@ -115,7 +145,8 @@ def read_events(
             check_guessed(role, ids[role], table, columns[role], len(kept))
     if user is None and item is None:
         check_lines(table, kept["user"])
-    n_why = np.bincount(frame["why"].to_numpy(), minlength=len(DROPPED) + 1).tolist()
+    reasons = {**DROPPED, **(DROPPED_BY_TIME if "time" in columns else {})}
+    n_why = np.bincount(frame["why"].to_numpy(), minlength=len(REASONS) + 1).tolist()
     source = {
         "file": table.path.name,
         "columns": {role: table.names[k] for role, k in columns.items()},
@@ -130,12 +161,15 @@ def read_events(
         "ids_with_spaces": sum(n_spaced(ids[role]) for role in _ROLES),
         "rounded_ids": sum(n_rounded(ids[role]) for role in _ROLES),
     }
+    if "time" in columns:
+        source["times_are_dates"] = bool(frame["dated"][0])
     info = {
         "n_events": len(frame),
-        "dropped": dict(zip(DROPPED, n_why[1:], strict=True)),
+        "dropped": dict(zip(reasons, n_why[1:], strict=False)),
         "source": source,
     }
-    return _encode(pl, kept.select(_ROLES), ids, words, info, counts)
+    times = kept["time"].to_numpy() if "time" in columns else None
+    return _encode(pl, kept.select(_ROLES), ids, words, info, counts, times)
 
 
 def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
@@ -145,7 +179,7 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
     def missing(role: str) -> Any:
         return pl.col(role).is_null() | (pl.col(role).str.strip_chars() == "")
 
-    code = {why: k + 1 for k, why in enumerate(DROPPED)}
+    code = {why: k + 1 for k, why in enumerate(REASONS)}
     why = pl.when(missing("user")).then(code["missing_user"])
     why = why.when(missing("item")).then(code["missing_item"])
     odd = pl.lit(False)
@@ -159,8 +193,13 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
             why = why.when(missing("rating")).then(code["missing_rating"])
             why = why.when(~number.is_finite().fill_null(False)).then(code["unparsable_rating"])
             why = why.when(number < min_rating).then(code["below_min_rating"])
+    timed = {}
+    if "time" in texts.collect_schema():
+        timed["time"], timed["dated"] = parse_times(pl, pl.col("time"))
+        why = why.when(missing("time")).then(code["missing_time"])
+        why = why.when(timed["time"].is_null()).then(code["unparsable_time"])
     why = why.otherwise(0).cast(pl.UInt8)
-    return texts.select("user", "item", why=why, odd=odd & (why == 0))
+    return texts.select("user", "item", why=why, odd=odd & (why == 0), **timed)
 
 
 def _number(pl: Any, text: Any) -> Any:
@@ -239,6 +278,7 @@ def _encode(
     words: dict[str, list[str]],
     info: dict[str, Any],
     counts: bool,
+    times: np.ndarray | None,
 ) -> Events:
     """Ids to their ranks, and pairs of ranks to Clicks."""
     ids, codes = {}, {}
@@ -253,13 +293,18 @@ def _encode(
     # one sort finds the repeats and leaves the order of CSR; np.unique takes 80 times as long
     pairs = codes["user"].astype(np.int64) * n_items + codes["item"]
     del codes
-    pairs.sort()
+    if times is None:
+        pairs.sort()
+    else:
+        order = np.lexsort((times, pairs))
+        pairs, times = pairs[order], times[order]
     first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])) if len(pairs) else pairs
     values = np.diff(np.append(first, len(pairs))) if counts else None
     info["dropped"]["duplicates"] = len(pairs) - len(first)
     users, items = np.divmod(pairs[first], max(n_items, 1))
     x = Clicks(indptr_of(users, n_users), items, values, n_items)
-    return Events(x, users=ids["user"], items=ids["item"], info=info)
+    # of a pair that comes again the first time counts
+    return Events(x, ids["user"], ids["item"], info, None if times is None else times[first])
 
 
 def indptr_of(users: np.ndarray, n_users: int) -> np.ndarray:

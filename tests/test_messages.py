@@ -32,6 +32,7 @@ EXCEPTIONS = {
     # {argument} is "path must end in ..., got ..." or "format must be ..., got ..."
     "write_recommendations: {argument}",
     # warnings: the call goes on
+    "recommend: {n_unknown} of {log.x.nnz} clicks in frame are on items that the model does not know; they are ignored",
     "{where}: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not know; "
     "they are ignored",
     "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know; "
