@@ -635,7 +635,12 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     assert run("train", prepared[1], tmp_path / "run", "--resume", *layers, *options)[0] == 0
     (net, given, validation), passed = calls[0]
     data = Dataset.load(prepared[1])
-    expected = {"run_dir": tmp_path / "run", "resume": True, "items": list(data.items)}
+    expected = {
+        "run_dir": tmp_path / "run",
+        "resume": True,
+        "items": list(data.items),
+        "warm_start": None,
+    }
     expected |= settings | {"progress": True}
     assert passed == expected
     assert isinstance(net, MultiDAE) and net.p_dims == [5, 20, 30, data.n_items]
