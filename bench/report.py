@@ -14,7 +14,10 @@ from bench.machine import RESULTS
 from bench.steps import SHAPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks", "new-data")),
+)
 
 PLOTTED = ("netflix", "ml20m", "msd", "50k")
 GPU_SHAPES = ("ml20m", "ml20m-24576", "50k-4096")
@@ -215,6 +218,33 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
+def warm_start_table() -> str:
+    """A data set that has grown: from scratch, and from the older run in a fifth of the epochs."""
+    lines = [
+        "| train users, items (new) | training | epochs | best validation NDCG@100 | test NDCG@100 | of new items alone |",
+        "| --- | --- | --: | --: | --: | --: |",
+    ]
+    sets = {"ml10m": "MovieLens-10M", "anime": "anime", "ml100k": "MovieLens-100K"}
+    names = {
+        "from_scratch": "from scratch",
+        "warm": "warm start",
+        "warm_without_moments": "warm start without moments",
+    }
+    for name, title in sets.items():
+        study = read(f"warm_start_{name}")
+        where = f"{title}: {study['users_now']:,}, {study['items_now']:,} ({study['items_new']:,})"
+        for key, text in names.items():
+            run = study["runs"][key]
+            validated, test = run["validation_ndcg@100"], run["test"]
+            epochs = run["best_epoch"] if key == "from_scratch" else len(validated)
+            lines.append(
+                f"| {where} | {text} | {epochs} | {max(validated):.4f} | {test['ndcg@100']:.4f} ± "
+                f"{test['ndcg@100_stderr']:.4f} | {run['test_new_items']['ndcg@100']:.3f} |"
+            )
+            where = ""
+    return "\n".join(lines)
+
+
 TABLES = {
     "first": first_table,
     "gpu": gpu_table,
@@ -223,6 +253,7 @@ TABLES = {
     "peers": peers_table,
     "recbole": recbole_table,
     "memory": memory_line,
+    "warm_start": warm_start_table,
 }
 
 
