@@ -14,6 +14,7 @@ COMMANDS = {
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",
     "recbole": "MultiVAE in RecBole's trainer, its own and ours; needs the extra recbole",
     "warm_start": "a training that begins with an older run, beside one from scratch; needs FASTVAE_DATA",
+    "dropin": "epochs of public training loops with our class in their model's place",
     "launches": "the launches of one captured training step, by name; needs no GPU",
     "host": "what an eager step costs its host, beside the dense model's; needs no GPU",
     "resources": "registers, shared memory and instructions of every compiled kernel; needs no GPU",

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._dense import clicks_in
 from ._draws import Drawing
 from .clicks import Clicks
 from .ops import sparse_linear
+from .ops._dispatch import is_watched
 from .ops._linear import is_only, linear
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
@@ -101,8 +103,12 @@ class Encoder(Drawing):
 
     def _first(self, x: Tensor | Clicks, active: bool) -> Tensor:
         layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
-        if isinstance(x, Clicks) and not is_only(layer, nn.Linear):
+        plain = is_only(layer, nn.Linear)
+        if isinstance(x, Clicks) and not plain:
             x = x.to_dense().to(dtype_of(self))
+        elif isinstance(x, Tensor) and plain and not is_watched((layer.weight,)):
+            clicks = clicks_in(x)
+            x = x if clicks is None else clicks
         if isinstance(x, Clicks):
             drops = self.training and dropout > 0
             options: dict[str, Any] = {

@@ -69,11 +69,14 @@ class Clicks:
         self.indptr, self.indices, self.values = indptr, indices, values
         self.n_items, self.row_ids = n_items, row_ids
 
-    def _like(self, indptr, indices, values, n_items, row_ids=None) -> Clicks:
-        # for arrays derived from checked ones: skips the checks
+    @staticmethod
+    def of_checked(indptr, indices, values, n_items, row_ids=None) -> Clicks:
+        """Clicks of arrays that are canonical already: nothing is looked at."""
         other = object.__new__(Clicks)
         other._set(indptr, indices, values, n_items, row_ids)
         return other
+
+    _like = of_checked
 
     @classmethod
     def from_matrix(cls, x: Any) -> Clicks:

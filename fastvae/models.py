@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_choice, check_flag, check_per_click
+from ._dense import clicks_in
 from ._draws import Drawing
 from ._layers import ACTIVATIONS, Decoder, Encoder, dtype_of
 from ._model_checks import check_beta, check_dims, check_dropout, described
 from .clicks import Clicks, dtype_name
 from .ops import linear_multinomial_nll, multinomial_nll, sample_latent
+from .ops._dispatch import is_watched
 from .ops._linear import is_only
 
 _ARGUMENTS = (
@@ -173,6 +175,10 @@ class MultiVAE(_MultiModel):
     ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         """logits [n_users, n_items], mu and logvar [n_users, n_latent]; x dense float or Clicks.
 
+        On a CPU a dense x that is mostly zeros goes by its clicks, as Clicks do: derivatives are taken once, and
+        dropout's mask is drawn from torch's generator by another rule than F.dropout's. An x that requires grad stays
+        dense.
+
         With beta given, what loss(x, beta, per_click) returns, for wrappers such as DistributedDataParallel that see
         nothing but forward. There each process must draw dropout and noise of its own: torch.manual_seed(rank).
         """
@@ -218,7 +224,7 @@ def vae_loss_fn(
 ) -> Tensor:
     """Mean over users of nll + anneal * kld, from logits: for code that already calls it.
 
-    inp     [n_users, n_items]  dense, or Clicks (no dense target is built then)
+    inp     [n_users, n_items]  Clicks, or dense; on a CPU a dense one that is mostly zeros goes by its clicks
     out     [n_users, n_items]  logits
     mu, logvar  [n_users, n_latent]
     anneal  weight beta of the kld, a float or a scalar tensor
@@ -242,10 +248,10 @@ def vae_loss_fn(
         raise ValueError(
             f"vae_loss_fn: inp must have shape {list(out.shape)} like out, got {list(inp.shape)}"
         )
-    if isinstance(inp, Clicks):
-        nll = multinomial_nll(out, inp)
-    else:
-        nll = _dense_nll(inp, out)
+    if isinstance(inp, Tensor) and not is_watched((out,)):
+        clicks = clicks_in(inp)
+        inp = inp if clicks is None else clicks
+    nll = multinomial_nll(out, inp) if isinstance(inp, Clicks) else _dense_nll(inp, out)
     return _mean_loss(nll, _kld(mu, logvar), anneal)
 
 
