@@ -85,11 +85,12 @@ class Encoder(Drawing):
         tanh_after_dropout: bool = False,
         normalize_input: bool = True,
         activation: str = "tanh",
+        item_major: bool = True,
     ):
         super().__init__()
         self.active_last, self.tanh_after_dropout = active_last, tanh_after_dropout
         self.normalize_input, self.activation = normalize_input, activation
-        self.q_layers = _Stack(q_dims, dropout, item_major_first=True)
+        self.q_layers = _Stack(q_dims, dropout, item_major_first=item_major)
 
     def forward(self, x: Tensor | Clicks) -> Tensor:
         """[n_users, q_dims[-1]]: mu and logvar side by side, or MultiDAE's latent; x [n_users, n_items]."""

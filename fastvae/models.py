@@ -52,6 +52,7 @@ class _MultiModel(Drawing):
         tanh_after_dropout: bool = False,
         normalize_input: bool = True,
         activation: str = "tanh",
+        item_major: bool = True,
     ):
         super().__init__()
         name = type(self).__name__
@@ -65,8 +66,9 @@ class _MultiModel(Drawing):
         self.activation = check_choice(name, "activation", activation, tuple(ACTIVATIONS))
         out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if self.two_heads else q_dims
         self.encode = Encoder(
-            out_dims, enc, not self.two_heads, tanh_after_dropout, normalize_input, activation
-        )
+            out_dims, enc, not self.two_heads, tanh_after_dropout, normalize_input, activation,
+            check_flag(name, "item_major", item_major),
+        )  # fmt: skip
         self.decode = Decoder(p_dims, dec, tanh_after_dropout, activation)
 
     def config(self) -> dict:
@@ -147,6 +149,8 @@ class MultiVAE(_MultiModel):
     tanh_after_dropout  apply tanh also after every dropout (but the last layer's output stays as it is), a quirk of one
                  public implementation whose checkpoints need it
     normalize_input  divide a user's row by its L2 norm first, as the paper does
+    item_major   store the first weight item by item, as its gather wants it; False: row by row as nn.Linear, for what
+                 flattens weights (parameters_to_vector, LBFGS). Slower, and not kept in checkpoints
     activation   "tanh", as the paper, or "relu": of every layer but those that give mu, logvar and the logits
     Raises: ValueError where dims or dropouts do not fit.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.1 to 2.3.

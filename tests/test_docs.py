@@ -70,7 +70,7 @@ def commands(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_of_a_kind_that_is_run(page):
     fences = re.findall(r"^```(.*)$", PAGES[page], re.MULTILINE)
-    assert set(fences[::2]) <= {"sh", "python"} and set(fences[1::2]) <= {""}
+    assert set(fences[::2]) <= {"sh", "python", "diff"} and set(fences[1::2]) <= {""}
 
 
 PLANNED = [(page, c) for page in PAGES for c in commands(page) if c[0] != "fastvae"]
