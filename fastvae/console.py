@@ -173,4 +173,6 @@ def show_trials(tuning: Tuning, most: int = 10) -> None:
         values = {**vars(trial), "ndcg": f"{trial.ndcg:.4f}", "lr": f"{trial.lr:.2g}"}
         table.add_row(*(str(values[name]) for name in names))
     out.print(table)
-    say(f"cap of beta {tuning.anneal_cap:g}, read off {len(tuning.annealing)} epochs of annealing")
+    say(
+        f"cap of beta {tuning.anneal_cap:.3g}, read off {len(tuning.annealing)} epochs of annealing"
+    )

@@ -38,11 +38,13 @@ class Tuning:
     """A search, as tune() returns it.
 
     anneal_cap  beta of the annealing run's best epoch; 0 for a MultiDAE, which has no KL term
+    total_anneal_steps  updates after which beta would be 1, as in the annealing run
     annealing   (beta, validation NDCG@100) of its epochs
     trials      those that have ended, the best first
     """
 
     anneal_cap: float
+    total_anneal_steps: int
     annealing: list[tuple[float, float]]
     trials: list[Trial]
 
@@ -72,7 +74,7 @@ class Tuning:
         axes = figure.subplots(2, 3, sharey=True).flat
         axes[0].plot(*zip(*self.annealing, strict=True) if self.annealing else ([], []), marker=".")
         axes[0].axvline(self.anneal_cap, color="tab:orange")
-        axes[0].set(xlabel=f"beta of the annealing run; cap {self.anneal_cap:g}")
+        axes[0].set(xlabel=f"beta of the annealing run; cap {self.anneal_cap:.3g}")
         for axis, name in zip(axes[1:], ("number", *SPACE), strict=True):
             for state, color in (("complete", "tab:blue"), ("pruned", "lightgray")):
                 chosen = [t for t in self.trials if t.state == state]

@@ -1,8 +1,9 @@
 """tune(): search for the settings that a data set wants: the cap of beta, then widths, dropout and learning rate.
 
-    1. one training with beta rising from 0 to 1; beta of its best epoch is the cap of all others  (Liang et al. 2018, 2.2.2)
-    2. trials by optuna (extra tune), best validation NDCG@100 first; the first has the paper's widths and dropout, a trial
-       that falls behind is pruned
+    1. one training with beta rising from 0 to 1; beta of its best epoch is the cap of all others, which rise to it as fast
+       (Liang et al. 2018, 2.2.2)
+    2. trials by optuna (extra tune), best validation NDCG@100 first; the first has the paper's widths and dropout, and so
+       goes as the run of step 1 up to the cap; a trial that falls behind is pruned
 
 All that is known lies in the folder runs: the same call again goes on, also after a kill.
 
@@ -236,6 +237,7 @@ def _anneal(job: _Job, progress: bool) -> None:
     if "anneal_cap" in study.user_attrs:
         return
     cap, curve = 0.0, []
+    steps = s.epochs * -(-_load(job.dataset).train.n_users // s.batch_size)
     if s.model == "vae":
         folder = Path(job.folder, ANNEAL)
         result = _fit(
@@ -243,14 +245,15 @@ def _anneal(job: _Job, progress: bool) -> None:
             _new_model(job, PAPER["hidden"], PAPER["latent"], PAPER["dropout"]),
             lr=PAPER["lr"],
             anneal_cap=1.0,
-            total_anneal_steps=s.epochs * -(-_load(job.dataset).train.n_users // s.batch_size),
+            total_anneal_steps=steps,
             run_dir=folder,
             resume=(folder / LAST).exists(),
             progress=progress,
         )
         curve = [(row["beta"], row[METRIC]) for row in result.history]
-        cap = round(curve[result.best_epoch - 1][0], 3)
+        cap = curve[result.best_epoch - 1][0]
     study.set_user_attr("annealing", curve)
+    study.set_user_attr("total_anneal_steps", steps)
     study.set_user_attr("anneal_cap", cap)
 
 
@@ -309,7 +312,7 @@ def _one_trial(job: _Job) -> int:
             _new_model(job, values["hidden"], values["latent"], values["dropout"]),
             lr=values["lr"],
             anneal_cap=study.user_attrs["anneal_cap"],
-            total_anneal_steps=0,
+            total_anneal_steps=study.user_attrs["total_anneal_steps"],
             patience=job.settings.patience,
             on_epoch=report,
         )
@@ -353,4 +356,5 @@ def _read(job: _Job) -> Tuning:
     trials.sort(key=lambda t: (t.state != "complete", t.state == "failed", -t.ndcg, t.number))
     attributes = study.user_attrs
     annealing = [(beta, ndcg) for beta, ndcg in attributes.get("annealing", [])]
-    return Tuning(attributes.get("anneal_cap", math.nan), annealing, trials)
+    cap, steps = attributes.get("anneal_cap", math.nan), attributes.get("total_anneal_steps", 0)
+    return Tuning(cap, steps, annealing, trials)

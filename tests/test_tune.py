@@ -69,10 +69,14 @@ def test_the_cap_is_beta_of_the_annealing_runs_best_epoch(searched):
     lines = (runs / "anneal" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert result.annealing == [(row["beta"], row[METRIC]) for row in rows] and len(rows) == 2
-    # three updates an epoch of two: beta 2/6, then 5/6
-    assert [beta for beta, _ in result.annealing] == pytest.approx([1 / 3, 5 / 6][:2], abs=0.2)
+    assert [beta for beta, _ in result.annealing] == [1 / 4, 3 / 4]  # two updates an epoch
     best = max(rows, key=lambda row: row[METRIC])
-    assert result.anneal_cap == pytest.approx(best["beta"], abs=5e-4)
+    assert result.anneal_cap == best["beta"] and result.total_anneal_steps == 4
+
+
+def test_the_papers_trial_goes_as_the_annealing_run_up_to_the_cap(searched):
+    result, said, _ = searched
+    assert said[0].ndcg >= max(ndcg for _, ndcg in result.annealing)
 
 
 def test_trials_begin_with_the_papers_settings_and_stay_inside_the_space(searched):
@@ -105,7 +109,7 @@ def test_the_best_trial_is_what_fit_gives_with_its_settings(searched, data):
         loaded.validation,
         lr=best.lr,
         anneal_cap=searched[0].anneal_cap,
-        total_anneal_steps=0,
+        total_anneal_steps=searched[0].total_anneal_steps,
         patience=5,
         **FAST,
     )
@@ -150,7 +154,7 @@ def test_a_trial_whose_loss_is_not_finite_counts_as_failed(data, tmp_path, monke
     result = tune(data, tmp_path / "runs", trials=2, **FAST)
     assert [t.state for t in result.trials] == ["complete", "failed"]
     assert math.isnan(result.trials[1].ndcg) and result.best.ndcg == 0.2
-    failed = Tuning(0.2, [], result.trials[1:])
+    failed = Tuning(0.2, 0, [], result.trials[1:])
     with pytest.raises(ValueError) as error:
         _ = failed.best
     assert str(error.value) == ("tune: trials must hold one that is complete, got none; add trials")
@@ -270,7 +274,7 @@ def test_the_command_hands_over_its_options_and_says_how_to_train_the_best(
 
     def fake(dataset, runs, *, on_trial, **options):
         seen.update(options, dataset=dataset, runs=runs)
-        result = Tuning(0.17, [(0.1, 0.3)], trials)
+        result = Tuning(0.17, 35, [(0.1, 0.3)], trials)
         on_trial(trials[0], result)
         return result
 
@@ -290,5 +294,5 @@ def test_the_command_hands_over_its_options_and_says_how_to_train_the_best(
     assert "NDCG@100 0.5000 at epoch 4 of 7" in out and "cap of beta 0.17" in out
     assert out.splitlines()[-1] == (
         "fastvae train data run --model dae --hidden 300 --latent 150 --dropout 0.3 --lr 0.00123 --anneal-cap 0.17 "
-        "--total-anneal-steps 0 --batch-size 7 --epochs 8 --patience 6 --precision bf16 --seed 5"
+        "--total-anneal-steps 35 --batch-size 7 --epochs 8 --patience 6 --precision bf16 --seed 5"
     )

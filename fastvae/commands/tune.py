@@ -44,7 +44,7 @@ def tune(
     best = result.best
     options = {
         "--model": model, "--hidden": best.hidden, "--latent": best.latent, "--dropout": best.dropout,
-        "--lr": repr(best.lr), "--anneal-cap": result.anneal_cap, "--total-anneal-steps": 0,
+        "--lr": repr(best.lr), "--anneal-cap": result.anneal_cap, "--total-anneal-steps": result.total_anneal_steps,
         "--batch-size": batch_size, "--epochs": epochs, "--patience": patience,
         "--precision": precision, "--seed": seed,
     }  # fmt: skip
