@@ -11,7 +11,7 @@ from rich.text import Text
 from .compare import Comparison
 from .data import Dataset
 from .evaluate import Evaluation
-from .events import DROPPED, Events
+from .events import REASONS, Events
 from .trials import Tuning
 
 out, err = Console(), Console(stderr=True)
@@ -41,7 +41,7 @@ def complain(text: str) -> None:
 
 def note_dropped(log: Events) -> None:
     """Say which events of a log are not used."""
-    dropped = [f"{n:,} with {DROPPED[why]}" for why, n in log.info["dropped"].items() if n]
+    dropped = [f"{n:,} with {REASONS[why]}" for why, n in log.info["dropped"].items() if n]
     if dropped:
         note(f"of {log.info['n_events']:,} events, dropped {'; '.join(dropped)}")
 
@@ -119,7 +119,10 @@ def _shown(ids: Any) -> str:
 
 
 def show_dataset(dataset: Dataset) -> None:
-    """Print what became of every event."""
+    """Print which columns were read, and what became of every event."""
+    columns = dataset.info["source"].get("columns")
+    if columns:
+        say("columns: " + ", ".join(f"{role} {name!r}" for role, name in columns.items()))
     table = Table("events", "number", box=None)
     table.columns[1].justify = "right"
     for text, n in dataset.report():
@@ -127,7 +130,8 @@ def show_dataset(dataset: Dataset) -> None:
     out.print(table)
     sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
     users = "{:,} train, {:,} validation, {:,} test".format(*sizes)
-    say(f"users: {users}; {len(dataset.items):,} items")
+    shared = ", the same in all three" if dataset.shares_users else ""
+    say(f"users: {users}{shared}; {len(dataset.items):,} items")
 
 
 def show_results(results: dict[str, Evaluation]) -> None:

@@ -19,9 +19,18 @@ import numpy as np
 import scipy.sparse as sp
 
 from ._checks import check_choice, check_ids, check_integer, check_number
+from ._filter import count_heldout, filter_events, keep, move_columns
+from .click_split import BY_CLICK, split_by_click
 from .clicks import Clicks
-from .dataset_folder import FORMAT, IDS, PARTS, VERSION, count_parts, read_folder, write_folder
-from .events import DROPPED, Events
+from .dataset_folder import (
+    IDS,
+    PARTS,
+    VERSION_BY_CLICK,
+    count_parts,
+    read_folder,
+    write_folder,
+)
+from .events import DROPPED, REASONS, Events
 
 
 @dataclass(eq=False)
@@ -111,19 +120,25 @@ class Dataset:
         rating: str | None = None,
         min_rating: float | None = None,
         counts: bool = False,
+        time: str | bool | None = None,
         **split: Any,
     ) -> Dataset:
         """Split the click log in a pandas or polars DataFrame.
 
-        user, item, rating, min_rating, counts  as in read_events, whose rules, counts and messages these are
+        user, item, rating, min_rating, counts, time  as in read_events, whose rules, counts and messages these are
         n_heldout, seed, **split  arguments of split_dataset
 
         Raises: as read_events and split_dataset; TypeError for other kinds of frame; ImportError without polars.
         """
         from .frames import events_from_frame
 
-        log = events_from_frame(frame, user, item, rating, min_rating, counts=counts)
+        log = events_from_frame(frame, user, item, rating, min_rating, counts=counts, time=time)
         return split_dataset(log, n_heldout, seed, **split)
+
+    @property
+    def shares_users(self) -> bool:
+        """Whether the users of train are those of validation and test too: a split by click, not by user."""
+        return self.info.get("settings", {}).get("by", "users") != "users"
 
     @property
     def n_items(self) -> int:
@@ -132,14 +147,21 @@ class Dataset:
 
     def report(self) -> list[tuple[str, int]]:
         """Lines (text, number) that say what became of every event; the first is the sum of the others."""
-        dropped = [(f"dropped: {DROPPED[why]}", n) for why, n in self.info["dropped"].items() if n]
-        kept = [(f"kept: {place.replace('_', ' ')}", n) for place, n in self.info["kept"].items()]
+        dropped = [(f"dropped: {REASONS[why]}", n) for why, n in self.info["dropped"].items() if n]
+        places = self.info["kept"].items()
+        # the fold-in of users who are in train is counted there
+        kept = [
+            (f"kept: {place.replace('_', ' ')}", n)
+            for place, n in places
+            if n or not (self.shares_users and place.endswith("fold_in"))
+        ]
         return [("events read", self.info["n_events"]), *dropped, *kept]
 
     def histories(self, users: str = "all") -> Events:
         """The fold-in clicks of some users with their external ids, as recommend_to_file takes them.
 
-        users    "train" (all their clicks), "vad", "test" or "all", in this order
+        users    "train" (all their clicks), "vad", "test" or "all", in this order; where the parts share their users, all
+                 is test: every user with all clicks but the held-out ones of test
         returns  Events whose x is [n_users, n_items]
 
         Raises: ValueError for other users.
@@ -150,6 +172,8 @@ class Dataset:
             "test": (self.test_tr, self.users_test),
         }
         check_choice("histories", "users", users, [*parts, "all"])
+        if users == "all" and self.shares_users:
+            users = "test"
         chosen = list(parts.values()) if users == "all" else [parts[users]]
         x = sp.vstack([clicks.to_scipy() for clicks, _ in chosen], format="csr")
         ids = np.concatenate([ids for _, ids in chosen])
@@ -191,15 +215,20 @@ def split_dataset(
     min_item_clicks: int = 0,
     held_out_fraction: float = 0.2,
     strict: bool = False,
+    by: str = "users",
+    date: Any = None,
 ) -> Dataset:
-    """Filter and split events by user (strong generalisation).
+    """Filter and split events: by user (strong generalisation), or each user's clicks by time, or all but the last.
 
     Items under min_item_clicks are dropped, then users under min_user_clicks (and those without clicks). Users are
     permuted; the last n_heldout are test, as many before them validation, the rest train. The vocabulary is the
     items of the train users. Of the n clicks that a held-out user has in it, int(held_out_fraction * n) drawn at
     random are held out, the rest fold in. The same events and seed give the same dataset.
 
-    n_heldout  a count (int, 0 allowed), or a fraction of the users that are left (float, below 0.5)
+    by         "users" as above; "time" or "leave-one-out" cut every user's clicks as click_split.py says: all users are
+               train, validation and test users then, and the fold-in is what comes before the held-out clicks
+    date       for by="time": test is from here on, whoever clicked; ISO text, datetime, or a number as the times are
+    n_heldout  a count (int, 0 allowed), or a fraction of the users that are left (float, below 0.5); for by="users"
     strict     raise where a held-out user has items outside the vocabulary, rather than drop and count them
 
     Raises: ValueError for settings out of range, or too few users left for the split; TypeError for other kinds.
@@ -213,8 +242,12 @@ def split_dataset(
         "strict": strict,
     }
     settings = _check_settings(settings)
-    x, kept_users, info = _filter(events, min_user_clicks, min_item_clicks)
-    n = _count_heldout(n_heldout, len(kept_users), min_user_clicks, info)
+    if check_choice("prepare", "by", by, ["users", *BY_CLICK]) != "users":
+        return _assemble(*split_by_click(events, settings, by, date))
+    if date is not None:
+        raise ValueError(f"prepare: date must be None where by is {by!r}, got {date!r}")
+    x, kept_users, info = filter_events(events, min_user_clicks, min_item_clicks)
+    n = count_heldout(n_heldout, len(kept_users), min_user_clicks, info)
     rng = np.random.default_rng(seed)
     order = rng.permutation(kept_users)
     cuts = [len(order) - 2 * n, len(order) - n]
@@ -228,6 +261,9 @@ def split_dataset(
     for name, counts in count_parts(parts).items():
         info[name] = {**info.get(name, {}), **counts}
     info["settings"] = settings
+    if set(info["dropped"]) - set(DROPPED):
+        # reasons that older versions do not know
+        info["version"] = VERSION_BY_CLICK
     ids = {f"users_{name}": events.users[row_ids] for name, row_ids in rows.items()}
     return _assemble(parts, {**ids, "items": items}, info)
 
@@ -238,12 +274,12 @@ def _split_clicks(x, rows, item_ids, held_out_fraction, rng, strict) -> tuple[di
     known = np.bincount(train.indices, minlength=x.n_items) > 0
     column = np.where(known, np.cumsum(known) - 1, -1)
     items = item_ids[known]
-    parts: dict[str, Any] = {"train": _move_columns(train, column, len(items))}
+    parts: dict[str, Any] = {"train": move_columns(train, column, len(items))}
     for name in ("vad", "test"):
         part = x.rows(rows[name]).compact()
-        inside = _move_columns(part, column, len(items), item_ids if strict else None)
+        inside = move_columns(part, column, len(items), item_ids if strict else None)
         held_out = _draw_held_out(inside, held_out_fraction, rng)
-        parts[f"{name}_tr"], parts[f"{name}_te"] = _keep(inside, ~held_out), _keep(inside, held_out)
+        parts[f"{name}_tr"], parts[f"{name}_te"] = keep(inside, ~held_out), keep(inside, held_out)
     return parts, items
 
 
@@ -263,84 +299,6 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     fraction = settings["held_out_fraction"]
     fraction = check_number("prepare", "held_out_fraction", fraction, 0, 1, above=True)
     return {**checked, "held_out_fraction": fraction, "strict": bool(settings["strict"])}
-
-
-def _filter(
-    events: Events, min_user_clicks: int, min_item_clicks: int
-) -> tuple[Clicks, np.ndarray, dict[str, Any]]:
-    """Clicks of frequent items, the users to keep, and the info with what was dropped so far."""
-    item_clicks = np.bincount(events.x.indices, minlength=events.x.n_items)
-    frequent = item_clicks >= min_item_clicks
-    x = _keep(events.x, frequent[events.x.indices.numpy()])
-    lengths = x.row_lengths().numpy()
-    long_enough = lengths >= max(min_user_clicks, 1)
-    info = {
-        "format": FORMAT,
-        "version": VERSION,
-        **events.info,
-        "users": {"read": x.n_users, "short": int((~long_enough).sum())},
-        "items": {"read": x.n_items, "rare": int((~frequent).sum()), "left": int(frequent.sum())},
-    }
-    info["dropped"] = {
-        **dict.fromkeys(DROPPED, 0),
-        **events.info["dropped"],
-        "rare_items": int(item_clicks[~frequent].sum()),
-        "short_users": int(lengths[~long_enough].sum()),
-    }
-    return x, np.flatnonzero(long_enough), info
-
-
-def _count_heldout(
-    n_heldout: float, n_users: int, min_user_clicks: int, info: dict[str, Any]
-) -> int:
-    is_fraction = not isinstance(n_heldout, Integral)
-    n = int(n_heldout * n_users) if is_fraction else int(n_heldout)
-    least = max(min_user_clicks, 1)
-    if n_users == 0:
-        dropped = sorted(info["dropped"].items(), key=lambda reason: -reason[1])
-        why = "; ".join(
-            f"{n_events:,} with {DROPPED[name]}" for name, n_events in dropped if n_events
-        )
-        raise ValueError(
-            f"prepare: events must leave a user with at least {least} clicks, got none of {info['n_events']:,} events "
-            f"(dropped {why}); lower the thresholds or add data"
-        )
-    if n_users - 2 * n < 1 or (is_fraction and n == 0):
-        way = (
-            "add data"
-            if n_users < 3
-            else f"{'raise' if n == 0 else 'lower'} n_heldout, or add data"
-        )
-        raise ValueError(
-            f"prepare: n_heldout must leave users to train, validate and test on, got {n_heldout} of {n_users} "
-            f"users with at least {least} clicks; {way}"
-        )
-    return n
-
-
-def _keep(x: Clicks, keep: np.ndarray) -> Clicks:
-    """x with only the clicks where keep [nnz] is true; its shape stays."""
-    if keep.all():
-        return x
-    indptr = np.append(0, np.cumsum(keep))[x.indptr.numpy()]
-    values = None if x.values is None else x.values.numpy()[keep]
-    return Clicks(indptr, x.indices.numpy()[keep], values, x.n_items)
-
-
-def _move_columns(
-    x: Clicks, column: np.ndarray, n_items: int, strict_names: np.ndarray | None = None
-) -> Clicks:
-    """x with column i moved to column[i], or dropped where that is -1; an error with strict_names, x's item ids."""
-    is_known = column[x.indices.numpy()] >= 0
-    if strict_names is not None and not is_known.all():
-        unknown = strict_names[np.unique(x.indices.numpy()[~is_known])]
-        shown = ", ".join(repr(item[:40]) for item in unknown[:5])
-        raise ValueError(
-            f"prepare: items must be in the vocabulary, got {len(unknown)} unknown: {shown}; "
-            "leave out strict to drop them"
-        )
-    x = _keep(x, is_known)
-    return Clicks(x.indptr, column[x.indices.numpy()], x.values, n_items)
 
 
 def _draw_held_out(x: Clicks, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -370,7 +328,7 @@ def map_items(
     place = {item: k for k, item in enumerate(_ids("vocabulary", vocabulary, None))}
     names = _ids("items", items, x.n_items)
     column = np.array([place.get(item, -1) for item in names], dtype=np.int64)
-    moved = _move_columns(x, column, len(place), names if strict else None)
+    moved = move_columns(x, column, len(place), names if strict else None)
     return moved, x.nnz - moved.nnz
 
 

@@ -23,9 +23,10 @@ import numpy as np
 from ._checks import listed
 from ._files import locked, naming, sync
 from .clicks import Clicks
-from .events import DROPPED
+from .events import DROPPED, REASONS
 
-FORMAT, VERSION = "fastvae-dataset", 1
+# what older versions read is written as they did: the second is for splits by click and for logs read with times
+FORMAT, VERSION, VERSION_BY_CLICK = "fastvae-dataset", 1, 2
 
 # place of a kept click in info["kept"] -> the part that it is in, and whose rows that has
 PARTS = {
@@ -198,17 +199,24 @@ def _read_files(folder: Path) -> tuple[dict[str, Clicks], dict[str, np.ndarray],
         shape = [len(ids[users]), len(ids["items"])]
         _agree(f"{part}.npz", shape, list(parts[part].shape))
     _agree("ids.npz", len(ids["items"]), len(set(ids["items"])))
-    for name, counts in count_parts(parts).items():
+    for name, counts in count_parts(parts, _shares_users(info)).items():
         _agree("info.json", counts, {key: info[name].get(key) for key in counts})
     return parts, ids, info
 
 
-def count_parts(parts: Mapping[str, Clicks]) -> dict[str, dict[str, int]]:
-    """The part of the info that can be told from the clicks themselves."""
+def count_parts(parts: Mapping[str, Clicks], shared: bool = False) -> dict[str, dict[str, int]]:
+    """The part of the info that can be told from the clicks themselves.
+
+    shared  whether train users are validation and test users too: a click is counted once, in the first part it is in
+    """
     held_out = {"vad": parts["vad_te"], "test": parts["test_te"]}
     n_evaluated = {name: int((x.row_lengths() > 0).sum()) for name, x in held_out.items()}
+    kept = {place: parts[part].nnz for place, (part, _) in PARTS.items()}
+    if shared:
+        kept["vad_fold_in"] -= kept["train"]
+        kept["test_fold_in"] -= kept["train"] + kept["vad_held_out"]
     return {
-        "kept": {place: parts[part].nnz for place, (part, _) in PARTS.items()},
+        "kept": kept,
         "users": {"train": parts["train"].n_users, **{n: x.n_users for n, x in held_out.items()}},
         "items": {"vocabulary": parts["train"].n_items},
         "n_evaluated": n_evaluated,
@@ -244,21 +252,30 @@ def _read_info(path: Path) -> dict[str, Any]:
     info = json.loads(path.read_bytes())
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError("JSON of something else")
-    if info.get("version") != VERSION:
-        raise ValueError(f"version {info.get('version')!r}, while this fastvae reads {VERSION}")
-    if set(info["dropped"]) != set(DROPPED) or set(info["kept"]) != set(PARTS):
+    version = info.get("version")
+    if version not in (VERSION, VERSION_BY_CLICK):
+        raise ValueError(
+            f"version {version!r}, while this fastvae reads {VERSION} and {VERSION_BY_CLICK}"
+        )
+    reasons, known = set(info["dropped"]), set(DROPPED if version == VERSION else REASONS)
+    if not set(DROPPED) <= reasons <= known or set(info["kept"]) != set(PARTS):
         raise ValueError("other counts")
     if not all(isinstance(info[name], dict) for name in ("n_evaluated", "n_skipped", "source")):
         raise ValueError("counts of something else")
     users, items = info["users"], info["items"]
+    n_others = 0 if _shares_users(info) else users["train"] + users["vad"]
     adds_up = (
         info["n_events"] == sum(info["dropped"].values()) + sum(info["kept"].values()),
-        users["read"] == users["short"] + users["train"] + users["vad"] + users["test"],
+        users["read"] == users["short"] + n_others + users["test"],
         items["read"] == items["rare"] + items["not_in_train"] + items["vocabulary"],
     )
     if not all(adds_up):
         raise ValueError("counts that do not add up")
     return info
+
+
+def _shares_users(info: dict[str, Any]) -> bool:
+    return info["version"] == VERSION_BY_CLICK and info["settings"].get("by", "users") != "users"
 
 
 def _clicks_arrays(x: Clicks) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any
 _SOURCES = {
     ("prepare", "path"): "events",
     ("prepare", "n_heldout"): "heldout",
+    ("prepare", "by"): "split",
     ("train", "folder"): "dataset",
     ("train", "train"): "dataset",
     ("train", "validation"): "dataset",

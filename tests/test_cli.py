@@ -670,10 +670,11 @@ def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch
     text = ("--separator", ";", "--header")
     split = ("--min-user-clicks", 2, "--min-item-clicks", 3, "--heldout", 2, "--seed", 6)
     arguments = (tmp_path / "log.csv", tmp_path / "data", *options, *text, *split, "--counts")
+    unused = {"held_out_fraction": 0.2, "by": "users", "date": None}
     assert run("prepare", *arguments)[0] == 0
     assert calls == [
         ((), columns | {"separator": ";", "header": True, "counts": True}),
-        ((2, 6), {"min_user_clicks": 2, "min_item_clicks": 3}),
+        ((2, 6), {"min_user_clicks": 2, "min_item_clicks": 3, **unused}),
     ]
 
 

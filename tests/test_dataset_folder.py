@@ -294,8 +294,8 @@ HOSTILE = {
     ),
     "version": (
         "info.json",
-        lambda f: edit_info(f, version=2),
-        "version 2, while this fastvae reads 1",
+        lambda f: edit_info(f, version=3),
+        "version 3, while this fastvae reads 1 and 2",
     ),
     "no_version": ("info.json", lambda f: edit_info(f, version=None), "version None"),
     "other_json": ("info.json", lambda f: (f / "info.json").write_text("{}"), "JSON of something else"),

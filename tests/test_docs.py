@@ -126,9 +126,9 @@ def test_commands_and_snippets_run(page, tmp_path, monkeypatch):
         pytest.importorskip("optuna", reason="optuna is not installed: the extra tune brings it")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    lines = ["userId,movieId,rating"]
+    lines = ["userId,movieId,rating,timestamp"]
     lines += [
-        f"u{u},m{i},{rng.integers(1, 6)}"
+        f"u{u},m{i},{rng.integers(1, 6)},{1_577_836_800 + (u * 7919 + i * 104_729) * 2_654_435_761 % 20_000_000}"
         for u in range(60)
         for i in rng.choice(40, 12, replace=False)
     ]
@@ -152,6 +152,7 @@ WRITTEN = {
     "README.md": ("run/best.pt", "run/curve.png", "first/best.pt", "top.csv", "top.jsonl"),
     "docs/tuning.md": ("runs/trials.csv", "runs/tune.png", "runs/anneal/best.pt", "best/best.pt"),
     "docs/new-data.md": ("run2/best.pt", "run2/curve.png"),
+    "docs/data.md": ("timed/info.json", "late/info.json", "last/info.json", "run/best.pt"),
     "docs/comparing.md": ("vae/best.pt", "dae/best.pt", "users.csv"),
     "docs/cli.md": (
         "counted/ids.npz", "thinned/info.json", "run/config.json", "run/metrics.jsonl", "run/last.pt",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,28 @@ def prepare(
         ),
     ] = "0.1",
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="users: held-out users are in no other part. time: the last clicks of every user are held out. "
+            "leave-one-out: the last click of every user."
+        ),
+    ] = "users",
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the times, for --split time and leave-one-out.", show_default="guessed"
+        ),
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(
+            help="For --split time: hold out all clicks from here on.", show_default="none"
+        ),
+    ] = None,
+    held_out_fraction: Annotated[
+        float, typer.Option(help="Share of a user's clicks that is held out.")
+    ] = 0.2,
     counts: Annotated[
         bool, typer.Option("--counts", help="Keep how often a user clicked an item.")
     ] = False,
@@ -40,7 +62,10 @@ def prepare(
     """Turn a click log into a dataset folder: train, validation and test users, with what was dropped and why."""
     # before minutes of work
     check_writable(folder)
-    log = read_events(events, **asdict(log_options), counts=counts)
+    reading: dict[str, Any] = {}
+    if time is not None or split != "users":
+        reading["time"] = time or True
+    log = read_events(events, **asdict(log_options), counts=counts, **reading)
     console.note_doubts(log)
     dataset = split_dataset(
         log,
@@ -48,6 +73,9 @@ def prepare(
         seed,
         min_user_clicks=min_user_clicks,
         min_item_clicks=min_item_clicks,
+        held_out_fraction=held_out_fraction,
+        by=split,
+        date=date,
     )
     dataset.save(folder)
     console.show_dataset(dataset)
