@@ -31,10 +31,10 @@ def split_by_click(
     fraction = settings["held_out_fraction"]
     if by == "time" and date is None and fraction >= 0.5:
         raise ValueError(
-            f"prepare: held_out_fraction must lie below 0.5 where by is 'time', got {fraction}; it is held out twice"
+            f"prepare: held_out_fraction must lie below 0.5 for a split by time, got {fraction}; it is held out twice"
         )
     if by != "time" and date is not None:
-        raise ValueError(f"prepare: date must be None where by is {by!r}, got {date!r}")
+        raise ValueError(f"prepare: date must be None but for a split by time, got {date!r}")
     least, rarest = settings["min_user_clicks"], settings["min_item_clicks"]
     x, kept_users, info = filter_events(events, least, rarest)
     count_heldout(0, len(kept_users), least, info)
@@ -89,7 +89,7 @@ def _stages(
     """
     if by == "time" and times is None:
         raise ValueError(
-            "prepare: events must have times where by is 'time', got none; read them with time=True or a column's name"
+            "prepare: events must have times for a split by time, got none; read them with time=True or a column's name"
         )
     if date is not None:
         return _by_date(times, date, is_dates)

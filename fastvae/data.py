@@ -245,7 +245,7 @@ def split_dataset(
     if check_choice("prepare", "by", by, ["users", *BY_CLICK]) != "users":
         return _assemble(*split_by_click(events, settings, by, date))
     if date is not None:
-        raise ValueError(f"prepare: date must be None where by is {by!r}, got {date!r}")
+        raise ValueError(f"prepare: date must be None but for a split by time, got {date!r}")
     x, kept_users, info = filter_events(events, min_user_clicks, min_item_clicks)
     n = count_heldout(n_heldout, len(kept_users), min_user_clicks, info)
     rng = np.random.default_rng(seed)

@@ -177,13 +177,13 @@ def test_what_a_split_by_click_refuses(tmp_path):
     write_log(tmp_path / "log.csv")
     plain, timed = read_events(tmp_path / "log.csv"), read_events(tmp_path / "log.csv", time=True)
     cases = [
-        (plain, {"by": "time"}, "events must have times where by is 'time', got none"),
+        (plain, {"by": "time"}, "events must have times for a split by time, got none"),
         (timed, {"by": "clock"}, "by must be one of users, time, leave-one-out, got 'clock'"),
-        (timed, {"date": 5}, "date must be None where by is 'users', got 5"),
+        (timed, {"date": 5}, "date must be None but for a split by time, got 5"),
         (
             timed,
             {"by": "leave-one-out", "date": 5},
-            "date must be None where by is 'leave-one-out'",
+            "date must be None but for a split by time",
         ),
         (timed, {"by": "time", "held_out_fraction": 0.5}, "held_out_fraction must lie below 0.5"),
         (
@@ -236,7 +236,7 @@ def test_the_options_of_prepare_reach_the_split(tmp_path, run):  # noqa: F811
     for options, message in (
         (("--split", "clock", "--time", "when"), "prepare: --split must be one of users, time"),
         (("--split", "time"), "prepare: --time must name a column of log.csv, got no column with"),
-        (("--date", "2040-01-01"), "prepare: --date must be None where --split is 'users'"),
+        (("--date", "2040-01-01"), "prepare: --date must be None but for a split by time"),
     ):
         code, _, err = run("prepare", log, tmp_path / "other", *options)
         assert code == 2 and err.startswith(f"fastvae: {message}"), err
