@@ -64,6 +64,8 @@ CAUSES = {
     "event_table.py": "Files of click logs",
     "movielens.py": "MovieLens-100K",
     "data.py": "Splits",
+    "click_split.py": "Splits by click",
+    "_filter.py": "Thresholds of a split",
     "dataset_folder.py": "Dataset folders",
     "recbole.py": "In RecBole",
     "lenskit.py": "In LensKit",

@@ -14,6 +14,24 @@ from ..dataset_folder import check_writable
 from ..events import read_events
 from ..options import LogOptions, with_options
 
+Split = Annotated[
+    str,
+    typer.Option(
+        help="users: held-out users are in no other part. time: the last clicks of every user are held out. "
+        "leave-one-out: the last click of every user."
+    ),
+]
+TimeColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the times, for --split time and leave-one-out.", show_default="guessed"
+    ),
+]
+FirstDate = Annotated[
+    str | None,
+    typer.Option(help="For --split time: hold out all clicks from here on.", show_default="none"),
+]
+
 
 @with_options
 def prepare(
@@ -33,25 +51,9 @@ def prepare(
         ),
     ] = "0.1",
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="users: held-out users are in no other part. time: the last clicks of every user are held out. "
-            "leave-one-out: the last click of every user."
-        ),
-    ] = "users",
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the times, for --split time and leave-one-out.", show_default="guessed"
-        ),
-    ] = None,
-    date: Annotated[
-        str | None,
-        typer.Option(
-            help="For --split time: hold out all clicks from here on.", show_default="none"
-        ),
-    ] = None,
+    split: Split = "users",
+    time: TimeColumn = None,
+    date: FirstDate = None,
     held_out_fraction: Annotated[
         float, typer.Option(help="Share of a user's clicks that is held out.")
     ] = 0.2,
