@@ -1,6 +1,7 @@
 """Epochs of the Mult-VAE of other packages, each installed in an environment of its own, beside fastvae's.
 
 python -m bench peers [--users N] [--threads N]     needs FASTVAE_DATA; writes bench/results/peers_cpu.json
+python -m bench peers --convert     logits of their own networks beside ours with their weights; peer_weights.json
 
 Processes run one after the other, ours between any two: ours, A, ours, B, ours, C, ours. All train on the same users
 with the same widths, batch and learning rate, in fp32, through the package's own data set and training loop.
@@ -22,6 +23,7 @@ import torch
 
 from bench.machine import RESULTS, describe, write
 from bench.peer_runner import ANNEAL_CAP, ANNEAL_STEPS, BATCH_SIZE, LATENT, N_CHECKED, WIDTH
+from bench.peer_weights import compare
 from bench.quality import load
 from fastvae import Dataset
 
@@ -39,6 +41,7 @@ REQUIREMENTS = {
     "cornac": [TORCH, "cornac==3.0.1"],
     "rectorch": [TORCH, "rectorch==0.0.9b0", "numpy==2.4.6", "pandas"],
 }  # fmt: skip
+WEIGHTS_ONLY = {"recpack": [TORCH, "recpack==0.3.6"]}
 MODELS = {
     OURS: "fastvae.fit, MultiVAE",
     "recbole": "RecBole 1.2.1, MultiVAE",
@@ -97,11 +100,12 @@ def install(name: str) -> Path:
     """Python of the peer's environment, which is made where it is missing or was made for other requirements."""
     folder = ENVIRONMENTS / name
     python, ready = folder / "bin" / "python", folder / "ready.json"
-    requirements = json.dumps(REQUIREMENTS[name])
+    wanted = (REQUIREMENTS | WEIGHTS_ONLY)[name]
+    requirements = json.dumps(wanted)
     if not ready.exists() or ready.read_text() != requirements:
-        print(f"installing {name}: {' '.join(REQUIREMENTS[name])}", flush=True)
+        print(f"installing {name}: {' '.join(wanted)}", flush=True)
         _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-        _run([str(python), "-m", "pip", "install", *PIP, *REQUIREMENTS[name]])
+        _run([str(python), "-m", "pip", "install", *PIP, *wanted])
         ready.write_text(requirements)
     return python
 
@@ -185,9 +189,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, help="of every process; default: torch's own choice")
     parser.add_argument("--peer", choices=REQUIREMENTS, nargs="*", default=list(REQUIREMENTS))
     parser.add_argument("--name", default="peers_cpu", help="of the result file")
+    parser.add_argument("--convert", action="store_true", help="compare logits; train nothing")
     options = parser.parse_args(arguments)
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # the processes inherit it
+    if options.convert:
+        compare(install, [*options.peer, *WEIGHTS_ONLY])
+        return
     with tempfile.TemporaryDirectory() as folder:
         clicks, arrays = Path(folder, "clicks.npz"), train_clicks(options.users)
         np.savez(clicks, **arrays)

@@ -107,6 +107,15 @@ def test_weights_beside_a_trainers_state_and_an_average_are_found(tmp_path):
     assert_same_logits(made, load_model(tmp_path / "w.pt")[0], nets.Rectorch)
 
 
+def test_weights_with_two_names_each_are_read_though_the_file_holds_them_once(tmp_path):
+    made = net(nets.RecPack, dims=[300, 40, 8])
+    save(tmp_path / "w.pt", made)
+    named = sum(value.nbytes for value in made.state_dict().values())
+    assert named > 1.5 * (tmp_path / "w.pt").stat().st_size
+    clicks, x = x_of(nets.RecPack, 300)
+    torch.testing.assert_close(load_model(tmp_path / "w.pt")[0](clicks)[0], made(x))
+
+
 def test_a_tensorflow_checkpoints_other_variables_are_left_out(tmp_path):
     made = net(nets.Paper)
     values = {key.removesuffix(":0"): value.numpy() for key, value in made.variables.items()}
