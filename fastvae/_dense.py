@@ -1,7 +1,7 @@
 """Dense batches that are mostly zeros: read once, then the ops take the clicks in them.
 
-Code that swaps the class alone still passes dense rows. On a CPU finding 70 clicks among 7,055 items takes 2 ms for 500
-users, and the dense first layer 60 ms. On a GPU asking how many there are would make the host wait: x stays dense there.
+Code that swaps the class alone still passes dense rows. On a CPU the first layer of 500 users with 70 clicks among 7,055
+items then takes 24 ms forward and backward, 2 of them to find the clicks, and 120 ms by dense products. On a GPU asking how many there are would make the host wait: x stays dense there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ._csr import VALUE_RANGE
 from .clicks import Clicks
 from .ops._dispatch import is_watched
 
-MAX_DENSITY = 1 / 20  # share of clicks up to which the ops are faster than dense products
+MAX_DENSITY = (
+    1 / 20
+)  # share of clicks: at 5% the ops take half the time of dense products, at 10% as much
 MIN_NUMBERS = 2**16  # fewer are multiplied before their clicks are found
 SAMPLED_ROWS = 8
 DTYPES = (torch.float32, torch.float64)
