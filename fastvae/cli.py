@@ -24,6 +24,7 @@ from .commands import (
     tune,
     warmup,
 )
+from .commands._processes import are_several, refuse_several
 from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
@@ -52,6 +53,16 @@ app.command()(demo.demo)
 
 def main() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2, never a traceback."""
+    if not are_several():
+        _run()
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # what is no sentence of ours is in torchrun's own report
+    record(_run)()
+
+
+def _run() -> None:
     _interrupt.restore()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -63,6 +74,7 @@ def main() -> None:
         # not by calling app: typer's own way out drops the words of Ctrl-C
         with warnings.catch_warnings(), group.make_context("fastvae", sys.argv[1:]) as context:
             warnings.showwarning = _note_warning
+            refuse_several(sys.argv[1:])
             group.invoke(context)
             # here, where a full disk behind > is told as any other
             sys.stdout.flush()

@@ -78,7 +78,7 @@ PLANNED = [(page, c) for page in PAGES for c in commands(page) if c[0] != "fastv
 
 @pytest.mark.parametrize("page, command", PLANNED, ids=lambda value: "".join(value[:60]))
 def test_commands_that_take_long_exist(page, command):
-    """Those of make, pip and python: each names targets, extras, modules, options and files that are there."""
+    """Those of make, pip, python and torchrun: each names targets, extras, modules, options and files that are there."""
     if command[0] == "make":
         planned = subprocess.run(
             ["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True
@@ -88,9 +88,24 @@ def test_commands_that_take_long_exist(page, command):
         extras = re.findall(r"\[(\w+)\]", command[-1])
         declared = (ROOT / "pyproject.toml").read_text()
         assert extras and all(f"\n{extra} = [" in declared for extra in extras)
+    elif command[0] == "torchrun":
+        assert_torchrun_takes(command[1:])
     else:
         assert command[:2] == ["python", "-m"], command
         assert_module_takes(command[2], command[3:])
+
+
+def assert_torchrun_takes(arguments):
+    import typer
+    from torch.distributed.run import get_args_parser
+
+    from fastvae.cli import app
+
+    given = get_args_parser().parse_args(arguments)
+    assert given.module and given.training_script == "fastvae"
+    name, *options = given.training_script_args
+    known = [option for p in typer.main.get_command(app).commands[name].params for option in p.opts]
+    assert {option for option in options if option.startswith("--")} <= set(known)
 
 
 def assert_module_takes(name, arguments):

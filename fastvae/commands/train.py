@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,8 @@ from .. import console
 from ..data import Dataset
 from ..options import DatasetArg, Device, FitOptions, ModelOptions, with_options
 from ..train import fit
-from ._common import device_named, new_model
+from ._common import new_model
+from ._processes import own_device, resumes, several, shared_options
 
 
 @with_options
@@ -23,28 +25,34 @@ def train(
     model_options: ModelOptions,
     fit_options: FitOptions,
     device: Device = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: users or items, which the processes share.",
+            show_default="items where the batch is smaller than their number",
+        ),
+    ] = None,
 ) -> None:
     """Train a model; the run folder gets config, metrics, best and last checkpoint and the learning curve."""
-    data = Dataset.load(dataset)
-    seed = fit_options.seed
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"train: seed must lie in [0, 2**63), got {seed}")
-    if len(data.users_vad) and not data.info["n_evaluated"]["vad"]:
-        raise ValueError(
-            f"train: dataset must have a validation user with held-out clicks, got none of {len(data.users_vad):,}; "
-            "prepare it with a larger --heldout, or with --heldout 0 to train without validation"
+    with several(parallel, device) as processes:
+        # what one process refuses, all do, before one waits for another
+        with contextlib.nullcontext() if processes is None else processes.together():
+            data = _loaded(dataset, fit_options.seed)
+            torch.manual_seed(fit_options.seed)
+            net = new_model("train", **asdict(model_options), n_items=data.n_items)
+            net = net.to(own_device(device))
+        shared = shared_options(processes, parallel, fit_options.batch_size, data.n_items)
+        shared_resume = resumes(processes, fit_options.resume, run)
+        result = fit(
+            net,
+            data.train,
+            data.validation if len(data.users_vad) else None,
+            **asdict(fit_options) | {"resume": shared_resume},
+            run_dir=run,
+            items=list(data.items),
+            progress=True,
+            **shared,
         )
-    torch.manual_seed(seed)
-    net = new_model("train", **asdict(model_options), n_items=data.n_items).to(device_named(device))
-    result = fit(
-        net,
-        data.train,
-        data.validation if len(data.users_vad) else None,
-        **asdict(fit_options),
-        run_dir=run,
-        items=list(data.items),
-        progress=True,
-    )
     if not result.history:
         console.say("no epoch trained")
         return
@@ -54,3 +62,15 @@ def train(
     console.say(
         f"{best}; wrote {run / 'best.pt'} and {run / 'curve.png'}; next: fastvae evaluate {run} {dataset}"
     )
+
+
+def _loaded(dataset: Path, seed: int) -> Dataset:
+    data = Dataset.load(dataset)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"train: seed must lie in [0, 2**63), got {seed}")
+    if len(data.users_vad) and not data.info["n_evaluated"]["vad"]:
+        raise ValueError(
+            f"train: dataset must have a validation user with held-out clicks, got none of {len(data.users_vad):,}; "
+            "prepare it with a larger --heldout, or with --heldout 0 to train without validation"
+        )
+    return data

@@ -1,0 +1,115 @@
+"""fastvae train under torchrun: this process' place among the others, and what they agree on before they train."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import console
+from ..run_folder import LAST
+from ._common import device_named
+
+if TYPE_CHECKING:
+    from ..parallel import Processes
+
+
+def are_several() -> bool:
+    """Whether torchrun, or who sets what it sets, has started more than one process."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def refuse_several(arguments: list[str]) -> None:
+    """ValueError where several processes are started with another command than train: each would do all of it."""
+    if are_several() and arguments[:1] != ["train"] and "--help" not in arguments:
+        raise ValueError(
+            f"fastvae: WORLD_SIZE must be 1 but for fastvae train, got {os.environ['WORLD_SIZE']}; "
+            "start the command without torchrun"
+        )
+
+
+def own_device(name: str | None) -> torch.device:
+    """The device of this process: with several on GPUs the one of its own number."""
+    device = device_named(name)
+    if are_several() and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def several(parallel: str | None, device: str | None) -> Iterator[Processes | None]:
+    """The processes for the block, of which the first alone prints; None where this one is alone.
+
+    Raises: ValueError where parallel is given to one process, RuntimeError where another process has ended.
+    """
+    if not are_several():
+        if parallel is not None:
+            raise ValueError(
+                f"train: parallel must be left out in one process, got {parallel}; start several by torchrun"
+            )
+        yield None
+        return
+    import torch.distributed as dist
+
+    from ..parallel import Processes
+
+    own = own_device(device)
+    # torchrun's store outlives a restart: without a name of this start the addresses of dead processes would be read
+    store, rank, size = next(dist.rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if own.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"fastvae-{start}", store),
+        rank=rank,
+        world_size=size,
+    )
+    processes = Processes("train", parallel or "users")
+    console.out.quiet = console.err.quiet = processes.rank > 0
+    try:
+        yield processes
+    except KeyboardInterrupt:
+        # the first to leave lets torchrun end the others, who have yet to say where they stopped
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if not _is_of_another(error):
+            raise
+        raise RuntimeError(
+            "train: all processes must go on, got one that has ended; its own words come first"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_of_another(error: Exception) -> bool:
+    """Whether an error only says that another process is not there any more."""
+    words = ("gloo", "connection closed by peer", "connection reset", "nccl")
+    return any(word in str(error).lower() for word in words)
+
+
+def shared_options(
+    processes: Processes | None, parallel: str | None, batch_size: int, n_items: int
+) -> dict[str, Any]:
+    """What fit takes for several processes; a line says how the work is cut, and why."""
+    if processes is None:
+        return {}
+    way = parallel or ("items" if batch_size < n_items else "users")
+    reason = "as asked for"
+    if parallel is None:
+        smaller = "smaller" if way == "items" else "not smaller"
+        reason = f"the batch of {batch_size:,} users is {smaller} than the {n_items:,} items"
+    console.note(f"{processes.size} processes, by {way}: {reason}")
+    return {"parallel": way}
+
+
+def resumes(processes: Processes | None, resume: bool, run: Path) -> bool:
+    """Whether to resume: a restart by torchrun, with --resume, may come before the first checkpoint."""
+    if processes is None or not resume:
+        return resume
+    return processes.objects((run / LAST).exists())[0]
