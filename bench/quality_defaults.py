@@ -20,6 +20,7 @@ import torch
 
 from bench.machine import describe, write
 from fastvae import Dataset, MultiVAE, evaluate, fit
+from fastvae.defaults import make_plan
 from fastvae.run_folder import METRIC
 
 CAP = 0.2
@@ -39,20 +40,23 @@ class Case:
 
 CASES = {
     "ml100k": Case("ml100k_ge4", None, 3, 100, 20),
-    "anime": Case("anime_caserec", None, 1, 40, 6),
-    "gowalla-5k": Case("gowalla", 5_000, 1, 30, 4),
-    "ml10m-5k": Case("ml10m_fastvae", 5_000, 1, 40, 5),
-    "amazon-10k": Case("amazon_book_kgat", 10_000, 1, 30, 4),
+    "anime": Case("anime_caserec", None, 1, 60, 8),
+    "gowalla-10k": Case("gowalla", 10_000, 1, 30, 4),
+    "ml10m-10k": Case("ml10m_fastvae", 10_000, 1, 40, 5),
+    "amazon-20k": Case("amazon_book_kgat", 20_000, 1, 30, 4),
     "ml10m": Case("ml10m_fastvae", None, 1, 30, 3),
     "gowalla": Case("gowalla", None, 1, 20, 3),
     "amazon": Case("amazon_book_kgat", None, 1, 20, 3),
 }
-SAMPLED = ("ml100k", "anime", "gowalla-5k", "ml10m-5k", "amazon-10k")
+SAMPLED = ("ml100k", "anime", "gowalla-10k", "ml10m-10k", "amazon-20k")
+WHOLE = ("amazon", "gowalla", "ml10m")
 # batch size, and the share of the planned updates after which beta is at the cap; None: the paper's schedule
-GRID: tuple[tuple[int, float | None], ...] = (
-    (100, 0.2), (500, 0.2), (200, 0.2), (500, None), (100, 0.0), (50, 0.2),
+Point = tuple[int, float | None]
+# None: fit without options
+GRID: tuple[Point | None, ...] = (
+    (100, 0.2), (500, 0.2), (200, 0.2), (500, None), None, (500, 0.0), (100, 0.0), (50, 0.2),
 )  # fmt: skip
-ON_WHOLE_SETS = GRID[1:3]  # where a run is long
+ON_WHOLE_SETS: tuple[Point, ...] = ((100, 0.2),)  # where a run takes long
 
 
 def load_case(load: Callable[[str], sp.csr_array], case: Case, split: int) -> Dataset:
@@ -64,17 +68,8 @@ def load_case(load: Callable[[str], sp.csr_array], case: Case, split: int) -> Da
     return Dataset.from_matrix(x, 0.1, split, min_item_clicks=5 if case.n_users is None else 10)
 
 
-def planned_updates(n_users: int, batch_size: int, epochs: int) -> int:
-    """Updates of so many epochs."""
-    return epochs * math.ceil(n_users / batch_size)
-
-
-def run(data: Dataset, case: Case, batch_size: int, warm_up: float | None, split: int) -> dict:
+def run(data: Dataset, case: Case, point: Point | None, split: int) -> dict:
     """Train once; the row has every epoch's validation NDCG@100, and the test's wherever that was the best so far."""
-    # a larger batch makes fewer updates: it gets more epochs, half as many again as its updates would ask for
-    epochs = round(case.epochs * max(1.0, math.sqrt(batch_size / 100)))
-    planned = planned_updates(data.train.n_users, batch_size, epochs)
-    steps = PAPER_ANNEAL if warm_up is None else math.ceil(warm_up * planned / CAP)
     torch.manual_seed(split)
     model = MultiVAE([200, 600, data.n_items])
     history: list[float] = []
@@ -85,16 +80,18 @@ def run(data: Dataset, case: Case, batch_size: int, warm_up: float | None, split
         if row[METRIC] == max(history):
             tests[row["epoch"]] = evaluate(model, *data.test, metrics=(METRIC,))[METRIC]
 
-    started = time.process_time()
+    n_train, started = data.train.n_users, time.process_time()
+    options = {} if point is None else options_of(case, point, n_train)
     result = fit(
-        model, data.train, data.validation, epochs=epochs, batch_size=batch_size, anneal_cap=CAP,
-        total_anneal_steps=steps, patience=case.patience, precision="bf16", seed=split, on_epoch=test_a_new_best,
+        model, data.train, data.validation, **options, precision="bf16", seed=split, on_epoch=test_a_new_best
     )  # fmt: skip
+    plan = make_plan(n_train, validated=True, anneal_cap=CAP, given=options)
     return {
-        "n_train": data.train.n_users, "n_items": data.n_items, "split": split, "batch_size": batch_size,
-        "warm_up": "paper" if warm_up is None else warm_up, "epochs_planned": epochs,
-        "total_anneal_steps": steps, "epochs_run": len(history), "best_epoch": result.best_epoch,
-        "best_update": planned_updates(data.train.n_users, batch_size, result.best_epoch),
+        "n_train": n_train, "n_items": data.n_items, "split": split, "batch_size": plan.batch_size,
+        "warm_up": "defaults" if point is None else "paper" if point[1] is None else point[1],
+        "epochs_planned": plan.epochs, "total_anneal_steps": plan.total_anneal_steps,
+        "epochs_run": len(history), "best_epoch": result.best_epoch,
+        "best_update": math.ceil(n_train / plan.batch_size) * result.best_epoch,
         "validation": round(result.best_metric, 5), "test": round(tests[result.best_epoch], 5),
         "cpu_seconds": round(time.process_time() - started),
         "validation_by_epoch": [round(v, 5) for v in history],
@@ -102,34 +99,52 @@ def run(data: Dataset, case: Case, batch_size: int, warm_up: float | None, split
     }  # fmt: skip
 
 
-def planned_runs() -> list[tuple[str, int, int, float | None]]:
-    """Case, split, batch size and warm-up of every run, the most telling first."""
+def options_of(case: Case, point: Point, n_train: int) -> dict[str, int | None]:
+    """A point of the grid as arguments of fit. A larger batch gets more epochs, for it makes fewer updates in one."""
+    batch_size, warm_up = point
+    epochs = round(case.epochs * max(1.0, math.sqrt(batch_size / 100)))
+    planned = epochs * math.ceil(n_train / batch_size)
+    steps = PAPER_ANNEAL if warm_up is None else math.ceil(warm_up * planned / CAP)
+    return {
+        "epochs": epochs, "batch_size": batch_size, "total_anneal_steps": steps, "patience": case.patience,
+    }  # fmt: skip
+
+
+def planned_runs() -> list[tuple[str, int, Point | None]]:
+    """Case, split and point of every run, the most telling first."""
     small = [
-        (case, split, *point)
+        (case, split, point)
         for point in GRID
         for case in SAMPLED
         for split in range(CASES[case].splits)
     ]
-    whole = [(case, 0, *point) for case in CASES if case not in SAMPLED for point in ON_WHOLE_SETS]
+    whole = [(case, 0, point) for case in WHOLE for point in (None, *ON_WHOLE_SETS)]
     return small + whole
+
+
+def name_of(case: str, split: int, point: Point | None) -> str:
+    """Of a run, in the result file."""
+    if point is None:
+        return f"{case}/{split}/defaults"
+    batch_size, warm_up = point
+    return f"{case}/{split}/batch {batch_size}/warm-up {'paper' if warm_up is None else warm_up}"
 
 
 def defaults(load: Callable[[str], sp.csr_array], path: Path) -> None:
     """Make the runs that the file does not hold yet."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
-    for case, split, batch_size, warm_up in planned_runs():
-        name = (
-            f"{case}/{split}/batch {batch_size}/warm-up {'paper' if warm_up is None else warm_up}"
-        )
+    for case, split, point in planned_runs():
+        name = name_of(case, split, point)
         if name in rows:
             continue
+        machine = describe()
         data = load_case(load, CASES[case], split)
-        rows[name] = run(data, CASES[case], batch_size, warm_up, split)
+        rows[name] = run(data, CASES[case], point, split) | {"commit": machine["commit"]}
         shown = {k: rows[name][k] for k in ("best_epoch", "epochs_run", "test", "cpu_seconds")}
         print(name, shown, flush=True)
         result = {
             "study": "defaults",
-            "machine": describe() | {"shared": True},
+            "machine": machine | {"shared": True},
             "cases": {name: asdict(case) for name, case in CASES.items()},
             "rows": rows,
         }

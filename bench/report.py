@@ -1,22 +1,24 @@
-"""Render the tables of README.md and docs/measured.md, and two plots, from the committed JSON files.
+"""Render the tables of README.md, docs/measured.md and docs/training.md, and two plots, from the committed JSON files.
 
-python -m bench report            writes both pages, bench/results/step_time.png and memory.png
+python -m bench report            writes the pages, bench/results/step_time.png and memory.png
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from bench.machine import RESULTS
+from bench.quality_defaults import GRID, name_of
 from bench.steps import SHAPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks", "new-data")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks", "new-data", "training")),
 )
 
 PLOTTED = ("netflix", "ml20m", "msd", "50k")
@@ -246,6 +248,22 @@ def warm_start_table() -> str:
     return "\n".join(lines)
 
 
+def defaults_table() -> str:
+    """Test NDCG@100 of each point of the study by data set, mean of its splits."""
+    rows = read("quality_defaults")["rows"]
+    points = [name_of("", 0, point).split("/", 2)[2] for point in GRID]
+    lines = [f"| data | users to train on | {' | '.join(points)} |"]
+    lines.append("| --- " + "| --: " * (1 + len(points)) + "|")
+    for case in dict.fromkeys(name.split("/")[0] for name in rows):
+        found = {name: row for name, row in rows.items() if name.split("/")[0] == case}
+        cells = [f"{next(iter(found.values()))['n_train']:,}"]
+        for point in points:
+            values = [row["test"] for name, row in found.items() if name.split("/", 2)[2] == point]
+            cells.append(f"{statistics.mean(values):.4f}" if values else "-")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "first": first_table,
     "gpu": gpu_table,
@@ -255,6 +273,7 @@ TABLES = {
     "recbole": recbole_table,
     "memory": memory_line,
     "warm_start": warm_start_table,
+    "defaults": defaults_table,
 }
 
 

@@ -44,6 +44,7 @@ CAUSES = {
     "warmup.py": "Compiling beforehand",
     "run_folder.py": "Run folders and resuming",
     "progress.py": "The progress bar",
+    "tensorboard.py": "TensorBoard",
     "checkpoint.py": "Checkpoints",
     "convert.py": "Weights of other code",
     "evaluate.py": "Evaluation",

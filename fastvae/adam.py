@@ -19,11 +19,11 @@ from ._shadows import Shadow, is_being_captured, row_major
 from .ops._dispatch import needing_triton, uses_kernels
 
 _MEANS = ("exp_avg", "exp_avg_sq")
-_ABSENT = ("weight_decay", "amsgrad", "maximize", "differentiable")  # options of torch's Adam
+_ABSENT = ("amsgrad", "maximize", "differentiable")  # options of torch's Adam
 
 
 class Adam(torch.optim.Adam):
-    """torch.optim.Adam's update without its options, fast for the models' weights.
+    """torch.optim.Adam's update, or with weight_decay torch.optim.AdamW's, fast for the models' weights.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> optimizer = Adam([weight], lr=0.1)
@@ -39,11 +39,13 @@ class Adam(torch.optim.Adam):
     shadow  keep a bf16 copy of each fp32 weight on a GPU, 2 bytes a number, written by the same kernel. The ops take it
             under bf16 autocast in place of a cast, unless the weight has been changed since, as torch counts changes:
             after one through .data or a collective call torch.autograd.graph.increment_version(weights)
+    weight_decay  decoupled: before its update a weight loses lr * weight_decay of itself
 
     On a GPU the counts of steps lie on the device: a step can be captured in a CUDA graph once an eager one has run.
     state_dict() is torch.optim.Adam's, and each loads the other's, on any device; shadows are not in it.
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError in a capture before the first step.
-    Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
+    Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1; the decay: Loshchilov and Hutter 2019 (arXiv:1711.05101),
+    algorithm 2.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Adam(torch.optim.Adam):
         eps: float = 1e-8,
         *,
         shadow: bool = False,
+        weight_decay: float = 0.0,
     ):
         if not isinstance(lr, Tensor):
             lr = check_number("Adam", "lr", lr, 0)
@@ -63,7 +66,8 @@ class Adam(torch.optim.Adam):
         eps = check_number("Adam", "eps", eps, 0)
         self.shadow = check_flag("Adam", "shadow", shadow)
         self._shadows: dict[Tensor, Shadow] = {}
-        super().__init__(params, lr, (beta1, beta2), eps, fused=True)
+        decay = check_number("Adam", "weight_decay", weight_decay, 0)
+        super().__init__(params, lr, (beta1, beta2), eps, decay, fused=True)
         # a GradScaler unscales the gradients itself then
         self._step_supports_amp_scaling = False
 
@@ -75,7 +79,10 @@ class Adam(torch.optim.Adam):
         self.__dict__.setdefault("_shadows", {})  # a copy makes its own
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; weight_decay, amsgrad and maximize are not to be had."""
+        """As torch's; amsgrad and maximize are not to be had, and weight_decay is decoupled."""
+        # torch's own would add it to the gradient
+        if param_group.get("weight_decay", self.defaults["weight_decay"]):
+            param_group.setdefault("decoupled_weight_decay", True)
         _check_group(param_group)
         super().add_param_group(param_group)
 
@@ -93,6 +100,8 @@ class Adam(torch.optim.Adam):
                 if weight.grad is not None:
                     place = weight.device if _takes_kernel(weight) else _has_no_gap(weight)
                     places.setdefault(place, []).append(weight)
+            if group["weight_decay"]:
+                _decay(group, [weight for weights in places.values() for weight in weights])
             for place, weights in places.items():
                 if isinstance(place, torch.device):
                     self._step_by_kernel(group, weights)
@@ -204,9 +213,18 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in _ABSENT:
         if group.get(name):
             raise ValueError(
-                f"Adam: {name} must be {0 if name == 'weight_decay' else False}, got {group[name]}; "
-                "torch.optim.Adam has it"
+                f"Adam: {name} must be False, got {group[name]}; torch.optim.Adam has it"
             )
+    if group.get("weight_decay") and not group.get("decoupled_weight_decay"):
+        raise ValueError(
+            f"Adam: weight_decay must be decoupled, as AdamW's, got {group['weight_decay']} of torch.optim.Adam, which "
+            "adds it to the gradient; torch.optim.Adam has that"
+        )
+
+
+def _decay(group: dict[str, Any], weights: list[Tensor]) -> None:
+    """Shrink weights by lr * weight_decay; a learning rate on the device stays there, for a graph that reads it."""
+    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
 
 
 def _takes_kernel(weight: Tensor) -> bool:
@@ -272,12 +290,13 @@ def _laid_out_as(weight: Tensor, t: Tensor) -> Tensor:
 
 
 def to_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict as last.pt holds it: the means of an item-major weight transposed, [n_items, n_hidden]."""
+    """A state_dict as last.pt holds it: the means of an item-major weight transposed, [n_items, n_hidden]; lr a float."""
     state = {
         n: {name: row_major(t) for name, t in parts.items()}
         for n, parts in state_dict["state"].items()
     }
-    return state_dict | {"state": state}
+    groups = [group | {"lr": float(group["lr"])} for group in state_dict["param_groups"]]
+    return state_dict | {"state": state, "param_groups": groups}
 
 
 def from_file(state_dict: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from . import console
 from .data import Dataset, split_dataset
+from .defaults import MAX_EPOCHS
 from .evaluate import Popularity, evaluate
 from .events import Events, read_events
 from .models import MultiVAE
@@ -20,7 +21,6 @@ from .train import fit
 
 # aimed at for larger logs, at 1e11 multiply-adds a second on two cores
 TRAIN_SECONDS = 40
-MAX_EPOCHS, PATIENCE = 80, 15
 
 
 def run_demo(events: Path | None, folder: Path) -> None:
@@ -73,14 +73,12 @@ def _train(dataset: Dataset, folder: Path) -> tuple[MultiVAE, Path]:
     n_users, n_items = dataset.train.shape
     seconds_per_epoch = 3 * 600 * n_users * n_items / 1e11
     run = _unused(folder)
+    affordable = max(1, int(TRAIN_SECONDS / seconds_per_epoch))
     fit(
         model,
         dataset.train,
         dataset.validation,
-        epochs=int(np.clip(TRAIN_SECONDS / seconds_per_epoch, 1, MAX_EPOCHS)),
-        batch_size=100 if n_users < 10_000 else 500,
-        total_anneal_steps=0,
-        patience=PATIENCE,
+        epochs=affordable if affordable < MAX_EPOCHS else None,
         run_dir=run,
         items=list(dataset.items),
         progress=True,

@@ -23,12 +23,19 @@ Quirk = Annotated[
 ]
 
 
+BY_SIZE = "by the number of users"
+
+
 def _log_option(help: str, default: str = "guessed") -> Any:
     return typer.Option(help=help, show_default=default, rich_help_panel="The click log")
 
 
 def _model_option(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel="The model")
+
+
+def _fit_option(help: str, default: str | bool = True) -> Any:
+    return typer.Option(help=help, show_default=default, rich_help_panel="The training")
 
 
 @dataclass(frozen=True)
@@ -91,33 +98,41 @@ class ModelOptions:
 class FitOptions:
     """How to train, by the argument names of fit."""
 
-    epochs: Annotated[int, typer.Option(help="Passes over the users.")] = 200
-    batch_size: Annotated[int, typer.Option(help="Users per update.")] = 500
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3
-    anneal_cap: Annotated[float, typer.Option(help="Largest weight beta of the KL term.")] = 0.2
+    epochs: Annotated[int | None, _fit_option("Passes over the users, at most.", BY_SIZE)] = None
+    batch_size: Annotated[int | None, _fit_option("Users per update.", BY_SIZE)] = None
+    lr: Annotated[float, _fit_option("Learning rate of Adam.")] = 1e-3
+    anneal_cap: Annotated[float, _fit_option("Largest weight beta of the KL term.")] = 0.2
     total_anneal_steps: Annotated[
-        int,
-        typer.Option(
-            help="Updates after which beta would be 1. The default is the paper's, for a million users; "
-            "0, beta at the cap from the start, suits small data."
-        ),
-    ] = 200_000
+        int | None,
+        _fit_option("Updates after which beta would be 1; 0: at the cap from the start.", BY_SIZE),
+    ] = None
     patience: Annotated[
         int | None,
-        typer.Option(
-            help="Stop after so many epochs without a better NDCG@100.", show_default="never"
-        ),
+        _fit_option("Stop after so many epochs without a better NDCG@100; 0: never.", BY_SIZE),
     ] = None
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or tf32 on a GPU.")] = "fp32"
-    seed: Annotated[
-        int, typer.Option(help="Of initial weights, order of users, dropout and noise.")
-    ] = 0
+    preset: Annotated[
+        str,
+        _fit_option(
+            "auto: what is not given follows from the number of users; paper: 200 epochs, batch 500, "
+            "200,000 anneal steps, never out of patience."
+        ),
+    ] = "auto"
+    lr_schedule: Annotated[
+        str, _fit_option("constant, cosine, or plateau (halved where validation stands still).")
+    ] = "constant"
+    weight_decay: Annotated[float, _fit_option("Of the matrices, decoupled as AdamW's.")] = 0.0
+    clip_grad_norm: Annotated[
+        float | None, _fit_option("Largest norm of all gradients together.", "not clipped")
+    ] = None
+    precision: Annotated[str, _fit_option("fp32, bf16, or tf32 on a GPU.")] = "fp32"
+    seed: Annotated[int, _fit_option("Of initial weights, order of users, dropout and noise.")] = 0
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             help="Go on with the run in the run folder; give the same options again, "
             "epochs and patience may differ.",
+            rich_help_panel="The training",
         ),
     ] = False
     warm_start: Annotated[

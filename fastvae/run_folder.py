@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ METRIC = "ndcg@100"  # decides which epoch is best
 CONFIG, METRICS, BEST, LAST, CURVE = (
     "config.json", "metrics.jsonl", "best.pt", "last.pt", "curve.png",
 )  # fmt: skip
+# what runs of older versions do not say, as they could not choose
+_SINCE = {
+    "normalize_input": True, "activation": "tanh", "lr_schedule": "constant", "weight_decay": 0.0,
+    "clip_grad_norm": None, "total_lr_steps": None,
+}  # fmt: skip
 _BEFORE_A_CHECKPOINT = {CONFIG, METRICS, BEST}
 _MAX_JSON = 2**20  # bytes of config.json; ours have five hundred
 
@@ -37,7 +42,8 @@ class RunFolder:
 
     path        the folder, which claimed() makes or checks
     model       the one to train: its weights go to the checkpoints, its arguments to config.json
-    settings    of fit, as JSON values
+    settings    of fit, as JSON values; a resumed run must have the same
+    limits      epochs and patience, for config.json; a resumed run may have others
     train, validation  the clicks, whose digests tell a resumed run that they are the same
     items       external ids for the checkpoints, or None; a resumed run without takes those it had
     """
@@ -50,9 +56,11 @@ class RunFolder:
         train: Clicks,
         validation: tuple[Clicks, Clicks] | None,
         items: Sequence[str] | None,
+        limits: dict[str, int] | None = None,
     ):
         _check_reloadable(model)
         self.path, self.model, self.items = path, model, items
+        self.limits = limits or {}
         self.best, self.last = path / BEST, path / LAST
         self.config = {
             "model": type(model).__name__,
@@ -90,11 +98,12 @@ class RunFolder:
                 f"fit: run_dir must be a new or empty folder, got {self.path} with "
                 f"{', '.join(foreign)} in it; name another folder"
             )
-        write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        write_text(self.path / CONFIG, json.dumps(self.config | self.limits, indent=2) + "\n")
         self.rewrite_metrics([])
 
     def _is_ours(self) -> bool:
-        return (self.path / CONFIG).exists() and set(self.config) <= set(read_config(self.path))
+        mine = set(self.config) - set(_SINCE)
+        return (self.path / CONFIG).exists() and mine <= set(read_config(self.path))
 
     def _remove_leftovers(self) -> None:
         remove_leftovers(self.path, _BEFORE_A_CHECKPOINT | {LAST})
@@ -107,8 +116,7 @@ class RunFolder:
                     f"fit: run_dir must hold a run to resume, got {self.path} without {name}; "
                     "train without resume, in a new folder"
                 )
-        # runs of older versions do not say what they could not choose
-        then = {"normalize_input": True, "activation": "tanh"} | read_config(self.path)
+        then = _SINCE | read_config(self.path)
         for name, value in self.config.items():
             if then.get(name) == value:
                 continue
@@ -228,6 +236,14 @@ def _check_part(name: str, part: nn.Module, plain: nn.Module) -> None:
                     f"fit: model must be as its arguments say where run_dir is given, got {setting} {shown(now)} for "
                     f"{shown(value)} in {name}; load_model could not make it again"
                 )
+
+
+def planned_in(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """These settings of a run to resume, those of them that its config.json holds; none where there is no such run."""
+    if not (folder / CONFIG).exists():
+        return {}
+    then = read_config(folder)
+    return {name: then[name] for name in names if then.get(name) is not None}
 
 
 def advice(run: RunFolder | None) -> str:

@@ -28,12 +28,14 @@ from ._checks import (
 )
 from ._interrupt import held_interrupt
 from .clicks import Clicks
+from .defaults import PRESETS, Plan, make_plan
 from .evaluate import unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
-from .run_folder import RunFolder
+from .run_folder import RunFolder, planned_in
+from .schedules import LR_SCHEDULES, beta_at
 from .step import check_gradients, check_trainable, precisions, wants_graph
-from .trainer import FitResult, OnEpoch, Settings, Trainer, beta_at, epoch_order
+from .trainer import FitResult, OnEpoch, Settings, Trainer, epoch_order
 from .warm_start import WarmStart
 
 __all__ = ["FitResult", "beta_at", "epoch_order", "fit"]
@@ -44,12 +46,16 @@ def fit(
     train: Clicks,
     validation: tuple[Clicks, Clicks] | None = None,
     *,
-    epochs: int = 200,
-    batch_size: int = 500,
+    epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float = 1e-3,
     anneal_cap: float = 0.2,
-    total_anneal_steps: int = 200_000,
+    total_anneal_steps: int | None = None,
     patience: int | None = None,
+    preset: str = "auto",
+    lr_schedule: str = "constant",
+    weight_decay: float = 0.0,
+    clip_grad_norm: float | None = None,
     per_click: bool = False,
     precision: str = "fp32",
     seed: int = 0,
@@ -76,12 +82,19 @@ def fit(
     batch_size  users per update
     lr          learning rate of Adam
     anneal_cap, total_anneal_steps  see beta_at; total_anneal_steps 0 keeps beta at anneal_cap
-    patience    stop after so many epochs without a better validation NDCG@100; None: never
+    patience    stop after so many epochs without a better validation NDCG@100; 0: never
+    preset      what epochs, batch_size, total_anneal_steps and patience are where they are None: "auto": by the number of
+                users, see defaults.py; "paper": 200, 500, 200,000 and never. Those of a run to resume are its own
+    lr_schedule "constant"; "cosine": from lr down to lr / 100 over the planned epochs; "plateau": lr halved after every
+                three epochs without a better validation, down to lr / 100. See schedules.py
+    weight_decay  of the matrices, not the biases, decoupled: see Adam
+    clip_grad_norm  clip the gradients to this norm of all of them together; None: leave them
     per_click   divide a user's loss by the user's clicks, see model.loss
     precision   "fp32"; "bf16": products in bf16, weights and sums in fp32; "tf32": on a GPU
     seed        of the order of users, dropout and noise (not of the model's initial weights)
     run_dir     run folder to write, or None; one training at a time
-    resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and patience
+    resume      go on from run_dir's last.pt; the settings above must be those of then, but epochs and
+                patience
     items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
     warm_start  begin with the weights and moments of this checkpoint, or the best of this run folder, matched by items
                 (see warm_start.py); a resumed run has them already
@@ -101,29 +114,25 @@ def fit(
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    check_gradients("fit")
-    check_trainable("fit", model)
+    _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch)
     device = next(model.parameters()).device
-    settings = Settings(
-        check_integer("fit", "batch_size", batch_size, 1),
-        check_number("fit", "lr", lr, 0, above=True),
-        check_number("fit", "anneal_cap", anneal_cap, 0),
-        check_integer("fit", "total_anneal_steps", total_anneal_steps, high=None),
-        check_per_click("fit", per_click, normalize),
-        check_choice("fit", "precision", precision, precisions(device)),
-        check_integer("fit", "seed", seed, high=2**63),
-    )
-    for name, flag in (("resume", resume), ("progress", progress)):
-        check_flag("fit", name, flag)
-    wants_graph("fit", cuda_graph, device)
-    _check_data(model, train, validation)
+    per_click = check_per_click("fit", per_click, normalize)
     items = None if items is None else check_ids("fit", "items", items, model.n_items)
-    _check_course(epochs, patience, validation, on_epoch, resume, run_dir)
-    train = train.to(device)
-    make_run, make_trainer, speaks = _makers(model, parallel, group, cuda_graph, warm_start)
-    run = None
-    if run_dir is not None:
-        run = make_run(Path(run_dir), model, settings.config(), train, validation, items)
+    folder = _folder(run_dir, resume)
+    given = {
+        "epochs": epochs, "batch_size": batch_size, "total_anneal_steps": total_anneal_steps, "patience": patience,
+    }  # fmt: skip
+    plan, settings = _settled(
+        train.n_users, validation, folder if resume else None, preset, given, anneal_cap, lr_schedule, lr=lr,
+        per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
+        weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
+    )  # fmt: skip
+    make_run, make_trainer, speaks = _makers(
+        model, parallel, group, cuda_graph, warm_start, clip_grad_norm
+    )
+    train, run = train.to(device), None
+    if folder is not None:
+        run = make_run(folder, model, settings.config(), train, validation, items, plan.limits())
     if validation is not None:
         validation = _evaluable(validation, device)
     # a resumed run has its weights and moments
@@ -131,9 +140,9 @@ def fit(
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = make_trainer(model, train, validation, settings, run, cuda_graph)
         held, shown = held_interrupt(terminated=parallel is not None), progress and speaks
-        with ProgressBar(shown, epochs, train.n_users) as bar, held as interrupted:
-            _begin(trainer, start, resume, bar)
-            trainer.run_epochs(epochs, patience, bar, interrupted, on_epoch)
+        with ProgressBar(shown, plan.epochs, train.n_users) as bar, held as interrupted:
+            _begin(trainer, plan, start, resume, bar)
+            trainer.run_epochs(plan.epochs, plan.patience, bar, interrupted, on_epoch)
         trainer.finish()
     return trainer.result
 
@@ -145,45 +154,116 @@ def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart:
     return start
 
 
-def _begin(trainer: Trainer, start: WarmStart | None, resume: bool, bar: ProgressBar) -> None:
+def _begin(
+    trainer: Trainer, plan: Plan, start: WarmStart | None, resume: bool, bar: ProgressBar
+) -> None:
     if resume:
         trainer.restore()
+        return
+    for line in plan.lines():
+        bar.say(line)
     if start is not None:
         start.load_into(trainer.model, trainer.optimizer, trainer.train)
         bar.say(str(start))
 
 
-def _check_data(model, train, validation) -> None:
+def _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch) -> None:
+    check_gradients("fit")
+    check_trainable("fit", model)
+    check_flag("fit", "resume", resume)
+    check_flag("fit", "progress", progress)
+    wants_graph("fit", cuda_graph, next(model.parameters()).device)
     check_catalogue("fit", "train", train, model.n_items)
     if train.n_users == 0:
         raise ValueError("fit: train must have at least one user, got 0")
     if validation is not None:
         check_pair("fit", "validation", validation, model.n_items)
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
 
 
-def _makers(model, parallel, group, cuda_graph, warm_start) -> tuple[Any, Any, bool]:
+def _makers(
+    model, parallel, group, cuda_graph, warm_start, clip_grad_norm
+) -> tuple[Any, Any, bool]:
     """What makes the run folder and the trainer, and whether this process shows a progress bar."""
     if parallel is None:
         return RunFolder, Trainer, True
     if parallel == "items" and warm_start is not None:
         raise ValueError(f"fit: warm_start must be None where parallel is items, got {warm_start}")
+    if parallel == "items" and clip_grad_norm is not None:
+        # the norm of one process' part is not that of all
+        raise ValueError(
+            f"fit: clip_grad_norm must be None where parallel is items, got {clip_grad_norm}"
+        )
     from .parallel_trainer import Several
 
     several = Several(model, parallel, group, cuda_graph)
     return several.run_folder, several.trainer, several.speaks()
 
 
-def _check_course(epochs, patience, validation, on_epoch, resume, run_dir) -> None:
-    """How far the training goes, what may end it before, and what it goes on with."""
-    check_integer("fit", "epochs", epochs)
+def _folder(run_dir, resume: bool) -> Path | None:
     if resume and run_dir is None:
         raise ValueError("fit: run_dir must be given to resume, got None")
-    if on_epoch is not None and not callable(on_epoch):
-        raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
-    if patience is not None:
-        check_integer("fit", "patience", patience, 1)
-        if validation is None:
-            raise ValueError(f"fit: patience must be None without validation, got {patience}")
+    return None if run_dir is None else Path(run_dir)
+
+
+def _planned(
+    n_users: int, validation: Any, anneal_cap: float, preset: Any, given: dict[str, Any], resumed: Path | None
+) -> Plan:  # fmt: skip
+    """The settings that depend on the size of the data: as given, else of the run to resume, else chosen."""
+    preset = check_choice("fit", "preset", preset, PRESETS)
+    if given["patience"] and validation is None:
+        got = shown(given["patience"])
+        raise ValueError(f"fit: patience must be None or 0 without validation, got {got}")
+    if resumed is not None and (then := planned_in(resumed, given)):
+        given = {name: then.get(name) if value is None else value for name, value in given.items()}
+        # a folder of before there was a choice has no epochs in it: what fit did then
+        preset = preset if "epochs" in then else "paper"
+    for name, value in given.items():
+        if value is not None:
+            high = None if name == "total_anneal_steps" else 2**31
+            given[name] = check_integer("fit", name, value, int(name == "batch_size"), high)
+    return make_plan(
+        n_users, validated=validation is not None, anneal_cap=anneal_cap, preset=preset, given=given
+    )
+
+
+def _settled(
+    n_users: int, validation: Any, resumed: Path | None, preset: Any, given: dict[str, Any],
+    anneal_cap: Any, lr_schedule: Any, *, lr, per_click, precision, seed, weight_decay, clip_grad_norm,
+) -> tuple[Plan, Settings]:  # fmt: skip
+    """What depends on the size of the data, and all settings, checked."""
+    anneal_cap = check_number("fit", "anneal_cap", anneal_cap, 0)
+    plan = _planned(n_users, validation, anneal_cap, preset, given, resumed)
+    lr_steps = _lr_steps(lr_schedule, validation, plan.updates(n_users), resumed)
+    if clip_grad_norm is not None:
+        clip_grad_norm = check_number("fit", "clip_grad_norm", clip_grad_norm, 0, above=True)
+    return plan, Settings(
+        plan.batch_size,
+        check_number("fit", "lr", lr, 0, above=True),
+        anneal_cap,
+        plan.total_anneal_steps,
+        per_click,
+        precision,
+        check_integer("fit", "seed", seed, high=2**63),
+        lr_schedule,
+        check_number("fit", "weight_decay", weight_decay, 0),
+        clip_grad_norm,
+        lr_steps,
+    )
+
+
+def _lr_steps(lr_schedule: Any, validation: Any, planned: int, resumed: Path | None) -> int | None:
+    """Updates of a cosine: a run that is resumed keeps its own, whatever its epochs are now."""
+    check_choice("fit", "lr_schedule", lr_schedule, LR_SCHEDULES)
+    if lr_schedule == "plateau" and validation is None:
+        raise ValueError(
+            "fit: lr_schedule must be constant or cosine without validation, got plateau"
+        )
+    if lr_schedule != "cosine":
+        return None
+    then = {} if resumed is None else planned_in(resumed, ["total_lr_steps"])
+    return check_integer("fit", "total_lr_steps", then.get("total_lr_steps", planned), high=None)
 
 
 def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks]:

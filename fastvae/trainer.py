@@ -25,20 +25,12 @@ from .evaluate import evaluate
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import METRIC, RunFolder, advice, interrupt_message
+from .schedules import beta_at, cosine_lr, plateau_lr
 from .step import GraphedStep, NotFiniteLoss
 from .warmup import warm_up
 
 OnEpoch = Callable[[dict[str, Any]], Any]
 CHECK_EVERY = 100  # updates between two looks at the loss on a GPU, which wait for it
-
-
-def beta_at(update: int, anneal_cap: float, total_anneal_steps: int) -> float:
-    """Weight of the kld at an update counted from 0: linear up to the cap; constant where total_anneal_steps is 0.
-
-    >>> beta_at(0, 0.2, 200_000), beta_at(20_000, 0.2, 200_000), beta_at(40_000, 0.2, 200_000), beta_at(0, 0.2, 0)
-    (0.0, 0.1, 0.2, 0.2)
-    """
-    return min(anneal_cap, update / total_anneal_steps) if total_anneal_steps > 0 else anneal_cap
 
 
 def epoch_order(n_users: int, seed: int, epoch: int) -> tuple[Tensor, int]:
@@ -71,6 +63,10 @@ class Settings:
     per_click: bool
     precision: str
     seed: int
+    lr_schedule: str = "constant"
+    weight_decay: float = 0.0
+    clip_grad_norm: float | None = None
+    total_lr_steps: int | None = None  # of the cosine
 
     def config(self) -> dict[str, Any]:
         """As in config.json, which keeps an older name for per_click."""
@@ -84,6 +80,13 @@ def is_true(answer: Any) -> bool:
     return isinstance(answer, bool | np.bool_) and bool(answer)
 
 
+def _decayed(weights: list[Tensor], weight_decay: float) -> list[Any]:
+    """For Adam: the weights, or where they decay a group for each, so that they are counted in one order; biases do not."""
+    if not weight_decay:
+        return weights
+    return [{"params": [p], "weight_decay": weight_decay if p.ndim > 1 else 0.0} for p in weights]
+
+
 class Trainer:
     """The state of a run: model, optimiser, position, best epoch."""
 
@@ -93,13 +96,27 @@ class Trainer:
         self.model, self.train, self.validation = model, train, validation
         self.settings, self.run = settings, run
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = Adam(self.weights, settings.lr, shadow=settings.precision == "bf16")
-        self.step = self._make_step(
-            cuda_graph, per_click=settings.per_click, precision=settings.precision
+        self.optimizer = Adam(
+            _decayed(self.weights, settings.weight_decay),
+            settings.lr,
+            shadow=settings.precision == "bf16",
         )
+        self.step = self._make_step(
+            cuda_graph,
+            per_click=settings.per_click,
+            precision=settings.precision,
+            max_norm=settings.clip_grad_norm,
+        )
+        # a graph reads it from the device at each replay, where a number would be frozen
+        self.lr_on_device: Tensor | None = None
+        if settings.lr_schedule != "constant" and self.step.wants_graph:
+            self.lr_on_device = torch.full(
+                (), settings.lr, dtype=torch.float32, device=self.step.device
+            )
+            self._use_lr(settings.lr)
         self.result = FitResult()
         self.epoch = self.batch = self.update = 0  # epochs finished, batches of the next, updates
-        self.beta = 0.0  # of the latest update
+        self.beta, self.lr = 0.0, settings.lr  # of the latest update
         self.sums = self.step.sums  # nll and kld, summed over the users of this epoch
         self.rng: Tensor | None = None  # where an interrupted epoch stopped drawing
         self.best_weights: dict[str, Tensor] | None = None
@@ -110,7 +127,7 @@ class Trainer:
     def run_epochs(
         self,
         epochs: int,
-        patience: int | None,
+        patience: int,
         bar: ProgressBar,
         interrupted: Callable[[], bool],
         on_epoch: OnEpoch | None = None,
@@ -155,8 +172,8 @@ class Trainer:
                 stacklevel=4,
             )
 
-    def _out_of_patience(self, patience: int | None) -> bool:
-        return patience is not None and self.epoch - self.result.best_epoch >= patience
+    def _out_of_patience(self, patience: int) -> bool:
+        return 0 < patience <= self.epoch - self.result.best_epoch
 
     def _run_epoch(self, bar: ProgressBar, interrupted) -> bool:
         """Train an epoch from where it stands; False where it was interrupted before its end."""
@@ -187,6 +204,8 @@ class Trainer:
     def _step(self, ids: Tensor) -> None:
         s = self.settings
         self.beta = beta_at(self.update, s.anneal_cap, s.total_anneal_steps)
+        if s.lr_schedule != "constant":
+            self._set_lr()
         try:
             self.step(self.train.rows(ids), self.beta)
         except NotFiniteLoss as error:
@@ -196,6 +215,20 @@ class Trainer:
         # a GPU is asked now and then: each question waits for it
         if self.update % CHECK_EVERY == 0:
             self._check_finite()
+
+    def _set_lr(self) -> None:
+        s = self.settings
+        if s.lr_schedule == "cosine":
+            self.lr = cosine_lr(self.update, s.lr, s.total_lr_steps or 0)
+        else:
+            self.lr = plateau_lr((row[METRIC] for row in self.result.history), s.lr)
+        self._use_lr(self.lr)
+
+    def _use_lr(self, lr: float) -> None:
+        if self.lr_on_device is not None:
+            self.lr_on_device.fill_(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr if self.lr_on_device is None else self.lr_on_device
 
     def _check_finite(self) -> None:
         total = self.sums.sum().item()
@@ -226,7 +259,7 @@ class Trainer:
         self.sums.zero_()
         row = {
             "epoch": self.epoch, "update": self.update, "loss": nll + self.beta * kld, "nll": nll,
-            "kld": kld, "beta": self.beta, "users_per_second": round(users_per_second, 1),
+            "kld": kld, "beta": self.beta, "lr": self.lr, "users_per_second": round(users_per_second, 1),
         }  # fmt: skip
         if self.validation is not None:
             try:

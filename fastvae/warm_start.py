@@ -136,7 +136,9 @@ class WarmStart:
                     key: t if t.ndim == 0 else self._taken_over(model, names[weight], t, weight)
                     for key, t in self.moments[names[weight]].items()
                 }
-                for n, weight in enumerate(optimizer.param_groups[0]["params"])
+                for n, weight in enumerate(
+                    weight for group in optimizer.param_groups for weight in group["params"]
+                )
             }
             optimizer.load_state_dict(packed)
 

@@ -382,6 +382,7 @@ def test_what_is_refused(monkeypatch):
         ({"lr": -1}, "Adam: lr must be a finite number of at least 0, got -1"),
         ({"betas": (0.9, 1.0)}, r"Adam: betas must lie in \[0, 1\), got 1.0"),
         ({"eps": math.inf}, "Adam: eps must be a finite number of at least 0, got inf"),
+        ({"weight_decay": -1}, "Adam: weight_decay must be a finite number of at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             Adam([weight], **options)
@@ -389,10 +390,10 @@ def test_what_is_refused(monkeypatch):
         Adam([weight], betas=0.9)
     with pytest.raises(TypeError, match="Adam: shadow must be True or False, got 1"):
         Adam([weight], shadow=1)
-    message = "Adam: weight_decay must be 0, got 0.1; torch.optim.Adam has it"
-    with pytest.raises(ValueError, match=message):
-        Adam([{"params": [weight], "weight_decay": 0.1}])
+    with pytest.raises(ValueError, match="Adam: amsgrad must be False, got True"):
+        Adam([{"params": [weight], "amsgrad": True}])
     optimizer = Adam([weight])
+    message = "Adam: weight_decay must be decoupled, as AdamW's, got 0.1 of torch.optim.Adam"
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(torch.optim.Adam([weight], weight_decay=0.1).state_dict())
     groups = optimizer.state_dict()["param_groups"]
@@ -406,6 +407,38 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(fastvae.adam, "is_being_captured", lambda t: True)
     with pytest.raises(RuntimeError, match="Adam: a step must run before a CUDA graph is captured"):
         Adam([weight]).step()
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "on-the-device"])
+def test_weight_decay_is_that_of_adamw(lr):
+    weights = weights_of(SIZES)
+    gradients = draw_gradients(weights, 4)
+    trials = []
+    for dtype in (torch.float32, torch.float64):
+        reference = copies(weights, dtype)
+        trials.append(torch.optim.AdamW(reference, lr=1e-2, weight_decay=0.3, fused=True))
+        take_steps(trials[-1], reference, gradients)
+    take_steps(Adam(weights, lr=lr, weight_decay=0.3), weights, gradients)
+    for n, w in enumerate(weights):
+        assert_as_accurate_as_torch(w, *(t.param_groups[0]["params"][n] for t in trials))
+
+
+def test_a_groups_own_decay_is_decoupled_and_its_state_is_taken_up_by_adamw():
+    finals = []
+    for later in (Adam, torch.optim.AdamW):
+        weights = weights_of([(3, 4), 5])
+        groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0}]  # fmt: skip
+        first = Adam(groups, lr=1e-2)
+        take_steps(first, weights, draw_gradients(weights, 2))
+        state = first.state_dict()
+        second = later([{"params": [w]} for w in weights])
+        second.load_state_dict(state)
+        assert [group["weight_decay"] for group in second.param_groups] == [0.1, 0]
+        take_steps(second, weights, draw_gradients(weights, 2, seed=5))
+        Adam(weights).load_state_dict(torch.optim.AdamW(weights, weight_decay=0.1).state_dict())
+        finals.append(weights)
+    for ours, theirs in zip(*finals, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 # shadows

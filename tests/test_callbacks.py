@@ -1,6 +1,7 @@
 """fit(on_epoch=): when a callback is called, what its answer and its exceptions do."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -73,3 +74,44 @@ def test_a_callback_must_be_callable():
     with pytest.raises(TypeError) as caught:
         fit(model(), learnable()[0], epochs=1, on_epoch=3)
     assert str(caught.value) == "fit: on_epoch must be callable, got 3"
+
+
+def test_without_the_extra_tensorboard_says_what_to_install(monkeypatch, tmp_path):
+    from fastvae.tensorboard import TensorBoard
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError) as caught:
+        TensorBoard(tmp_path)
+    assert str(caught.value) == (
+        "TensorBoard: tensorboard must be installed, got none; pip install 'fastvae-cf[tensorboard]'"
+    )
+
+
+def test_tensorboard_shows_each_epoch_once_after_a_resume_too(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install 'fastvae-cf[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from fastvae.tensorboard import TensorBoard
+
+    train, validation = learnable()
+    options = {"epochs": 4, "run_dir": tmp_path / "run"}
+    board = TensorBoard(tmp_path / "board")
+
+    def killed_before_its_checkpoint(row):
+        board(row)
+        if row["epoch"] == 2:
+            board({**row, "epoch": 3, "loss": 7.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), train, validation, on_epoch=killed_before_its_checkpoint, **options)
+    again = TensorBoard(tmp_path / "board")
+    result = fit(model(), train, validation, resume=True, on_epoch=again, **options)
+    shown = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert set(shown.Tags()["scalars"]) == result.history[0].keys() - {"epoch", "update"}
+    for name in ("loss", "lr", "ndcg@100"):
+        events = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert events == [
+            (row["epoch"], pytest.approx(row[name], rel=1e-6)) for row in result.history
+        ]

@@ -81,7 +81,8 @@ def test_numpy_numbers_and_ids_are_stored_as_pythons_own(tmp_path, monkeypatch):
 
 def test_a_gpus_checkpoint_is_read_and_resumed_on_a_cpu(tmp_path):
     train = random_clicks([2, 3, 1, 4], 5)
-    fit(model(), train, epochs=1, batch_size=2, run_dir=tmp_path)
+    options = {"batch_size": 2, "total_anneal_steps": 0}
+    fit(model(), train, epochs=1, run_dir=tmp_path, **options)
     for name in ("best.pt", "last.pt"):
         path = tmp_path / name
         cpu, cuda = (b"X" + len(p).to_bytes(4, "little") + p for p in (b"cpu", b"cuda:1"))
@@ -92,9 +93,9 @@ def test_a_gpus_checkpoint_is_read_and_resumed_on_a_cpu(tmp_path):
             torch.load(tmp_path / "last.pt", weights_only=True)
     assert load_model(tmp_path / "best.pt")[0].decode.output.weight.device.type == "cpu"
     resumed = model(seed=9)
-    fit(resumed, train, epochs=2, batch_size=2, run_dir=tmp_path, resume=True)
+    fit(resumed, train, epochs=2, run_dir=tmp_path, resume=True, **options)
     straight = model()
-    fit(straight, train, epochs=2, batch_size=2)
+    fit(straight, train, epochs=2, **options)
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
 

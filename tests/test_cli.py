@@ -70,7 +70,18 @@ def prepared(tmp_path, run):
 
 
 def train(run, data, folder, *more):
-    narrow = ("--hidden", 16, "--latent", 8, "--lr", 0.01, "--batch-size", 30)
+    narrow = (
+        "--hidden",
+        16,
+        "--latent",
+        8,
+        "--lr",
+        0.01,
+        "--batch-size",
+        30,
+        "--total-anneal-steps",
+        0,
+    )
     return run("train", data, folder, "--epochs", 4, *narrow, *more)
 
 
@@ -159,7 +170,18 @@ def test_prepare_reports_what_was_dropped(tmp_path, run):
 def test_resume_through_the_command_line(tmp_path, run, prepared):
     _, data = prepared
     train(run, data, tmp_path / "a")
-    narrow = ("--hidden", 16, "--latent", 8, "--lr", 0.01, "--batch-size", 30)
+    narrow = (
+        "--hidden",
+        16,
+        "--latent",
+        8,
+        "--lr",
+        0.01,
+        "--batch-size",
+        30,
+        "--total-anneal-steps",
+        0,
+    )
     assert run("train", data, tmp_path / "b", "--epochs", 2, *narrow)[0] == 0
     assert run("train", data, tmp_path / "b", "--epochs", 4, "--resume", *narrow)[0] == 0
     a, b = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
@@ -629,6 +651,7 @@ def test_every_option_of_train_reaches_fit(tmp_path, run, prepared, monkeypatch)
     settings = {
         "epochs": 3, "batch_size": 7, "lr": 0.5, "anneal_cap": 0.7, "total_anneal_steps": 9, "patience": 2,
         "precision": "bf16", "seed": 4, "warm_start": tmp_path / "older",
+        "preset": "paper", "lr_schedule": "cosine", "weight_decay": 0.1, "clip_grad_norm": 5.0,
     }  # fmt: skip
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     layers = ("--hidden", "30,20", "--latent", 5, "--dropout", 0.25, "--model", "dae")

@@ -226,7 +226,8 @@ def test_fit_evaluate_recommend_and_resume(tmp_path, precision):
     for run in ("a", "b"):
         torch.manual_seed(0)
         model = MultiVAE([16, 64, 500]).cuda()
-        options = {"batch_size": 64, "precision": precision, "run_dir": tmp_path / run}
+        options = {"batch_size": 64, "total_anneal_steps": 0, "precision": precision}
+        options |= {"run_dir": tmp_path / run}
         if run == "b":
             fit(model, train, (fold_in, held_out), epochs=1, **options)
         fit(model, train, (fold_in, held_out), epochs=3, resume=run == "b", **options)

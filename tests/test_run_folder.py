@@ -23,10 +23,11 @@ def test_run_folder(tmp_path):
     assert {path.name for path in run.iterdir()} == names
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.history and [line["epoch"] for line in lines] == [1, 2, 3]
-    fields = {"epoch", "update", "loss", "nll", "kld", "beta", "users_per_second", "ndcg@100"}
+    fields = {"epoch", "update", "loss", "nll", "kld", "beta", "lr", "users_per_second", "ndcg@100"}
     assert set(lines[0]) == fields
     config = json.loads((run / "config.json").read_text())
-    assert config["p_dims"] == [8, 16, N_ITEMS] and config["batch_size"] == 500
+    assert config["p_dims"] == [8, 16, N_ITEMS] and config["batch_size"] == 20
+    assert (config["epochs"], config["patience"]) == (3, 5)
     assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
     best, ids = load_model(run / "best.pt")
     assert ids == items and not best.training
@@ -90,7 +91,7 @@ def finite(path):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     train, _ = learnable()
     net, run = model(), tmp_path / "run"
-    fit(net, train, epochs=1, run_dir=run)
+    fit(net, train, epochs=1, batch_size=100, run_dir=run)
     config = json.loads((run / "config.json").read_text())
     # one update of this size overflows; the loss was finite before it
     (run / "config.json").write_text(json.dumps(config | {"lr": 1e39}))
@@ -111,7 +112,7 @@ def test_a_full_disk_is_reported_and_what_was_saved_is_resumed(tmp_path, monkeyp
     import fastvae.run_folder
 
     train, validation = learnable()
-    options = {"batch_size": 30, "run_dir": tmp_path / "run"}
+    options = {"batch_size": 30, "total_anneal_steps": 0, "run_dir": tmp_path / "run"}
     fit(model(), train, validation, epochs=2, **options)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     fsync, opened = os.fsync, open
@@ -137,7 +138,7 @@ def test_a_full_disk_is_reported_and_what_was_saved_is_resumed(tmp_path, monkeyp
     assert os.fsync is fsync
     resumed, straight = model(), model()
     fit(resumed, train, validation, epochs=4, resume=True, **options)
-    fit(straight, train, validation, epochs=4, batch_size=30)
+    fit(straight, train, validation, epochs=4, batch_size=30, total_anneal_steps=0)
     assert_equal_weights(weights(resumed), weights(straight))
 
 

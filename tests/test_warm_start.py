@@ -140,9 +140,9 @@ def test_a_training_goes_on_as_if_it_had_not_stopped_where_the_items_are_the_sam
     from fastvae.progress import ProgressBar
 
     with ProgressBar(False, 1, 100) as bar:
-        trainer.run_epochs(1, None, bar, lambda: False)
+        trainer.run_epochs(1, 0, bar, lambda: False)
         trainer.epoch = 0
-        trainer.run_epochs(1, None, bar, lambda: False)
+        trainer.run_epochs(1, 0, bar, lambda: False)
     assert_equal_weights(weights(net), weights(whole))
 
 

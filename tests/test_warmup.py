@@ -77,7 +77,7 @@ def test_training_on_a_gpu_compiles_first(trainer, monkeypatch):
     monkeypatch.setattr(Trainer, "_compile_ahead", compile_ahead)
     monkeypatch.setattr(Clicks, "device", torch.device("cuda", 0))
     with pytest.raises(Reached):
-        trainer.run_epochs(1, None, ProgressBar(False, 1, 4), lambda: False)
+        trainer.run_epochs(1, 0, ProgressBar(False, 1, 4), lambda: False)
 
 
 def test_training_goes_on_where_that_fails(trainer, monkeypatch):

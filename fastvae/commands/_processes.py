@@ -94,11 +94,9 @@ def _is_of_another(error: Exception) -> bool:
 
 
 def shared_options(
-    processes: Processes | None, parallel: str | None, batch_size: int, n_items: int
+    processes: Processes, parallel: str | None, batch_size: int, n_items: int
 ) -> dict[str, Any]:
     """What fit takes for several processes; a line says how the work is cut, and why."""
-    if processes is None:
-        return {}
     way = parallel or ("items" if batch_size < n_items else "users")
     reason = "as asked for"
     if parallel is None:

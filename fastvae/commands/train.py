@@ -12,6 +12,7 @@ import typer
 
 from .. import console
 from ..data import Dataset
+from ..defaults import make_plan
 from ..options import DatasetArg, Device, FitOptions, ModelOptions, with_options
 from ..train import fit
 from ._common import new_model
@@ -41,7 +42,10 @@ def train(
             torch.manual_seed(fit_options.seed)
             net = new_model("train", **asdict(model_options), n_items=data.n_items)
             net = net.to(own_device(device))
-        shared = shared_options(processes, parallel, fit_options.batch_size, data.n_items)
+        shared = {}
+        if processes is not None:
+            batch_size = fit_options.batch_size or _batch_size(data, fit_options)
+            shared = shared_options(processes, parallel, batch_size, data.n_items)
         shared_resume = resumes(processes, fit_options.resume, run)
         result = fit(
             net,
@@ -62,6 +66,17 @@ def train(
     console.say(
         f"{best}; wrote {run / 'best.pt'} and {run / 'curve.png'}; next: fastvae evaluate {run} {dataset}"
     )
+
+
+def _batch_size(data: Dataset, options: FitOptions) -> int:
+    """What fit will choose."""
+    return make_plan(
+        data.train.n_users,
+        validated=len(data.users_vad) > 0,
+        anneal_cap=options.anneal_cap,
+        preset=options.preset,
+        given={"epochs": options.epochs},
+    ).batch_size
 
 
 def _loaded(dataset: Path, seed: int) -> Dataset:

@@ -16,7 +16,16 @@ EPOCHS, N_KILLS = 110, 20
 
 def train(folder, resume=False, epochs=EPOCHS):
     train, validation = learnable()
-    fit(model(), train, validation, epochs=epochs, batch_size=25, run_dir=folder, resume=resume)
+    fit(
+        model(),
+        train,
+        validation,
+        epochs=epochs,
+        batch_size=25,
+        patience=0,
+        run_dir=folder,
+        resume=resume,
+    )
 
 
 def start(folder):
