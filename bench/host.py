@@ -20,9 +20,9 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from fastvae import MultiVAE
+from fastvae.kernels.launch import ChipDriver
 from fastvae.synthetic import synthetic_clicks
 
 from .launches import CHIP, counted_launches, pretended_gpu
@@ -33,26 +33,14 @@ P_DIMS, N_USERS = [4, 8, 64], 4  # products too small for oneDNN, which takes 80
 PARTS = ("forward", "backward", "optimiser")
 
 
-class NoDriver:
-    """What Triton asks of a driver: a device to compile for, and a launcher, which does nothing."""
+class NoDriver(ChipDriver):
+    """And a launcher, which does nothing."""
 
     binary_ext = "cubin"
 
     def __init__(self, chip: str):
-        self.target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+        super().__init__(int(chip.removeprefix("sm_")))
         self.utils = self
-
-    def get_current_target(self) -> GPUTarget:
-        """The chip to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """The only one."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """What a kernel is checked against."""

@@ -19,7 +19,12 @@ Device = Annotated[
     str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
 ]
 Quirk = Annotated[
-    bool, typer.Option(help="For a bare state_dict whose code applied tanh after each dropout.")
+    bool,
+    # without a second name for no, which makes the column of names too wide for 80 columns
+    typer.Option(
+        "--tanh-after-dropout",
+        help="For a bare state_dict whose code applied tanh after each dropout.",
+    ),
 ]
 
 

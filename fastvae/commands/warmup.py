@@ -34,6 +34,12 @@ def warmup(
     ] = None,
 ) -> None:
     """Compile what train will launch on a GPU into Triton's cache (TRITON_CACHE_DIR), also where there is no GPU."""
+    if n_items < 1:
+        raise ValueError(f"warmup: n_items must be at least 1, got {n_items}")
+    if capability is None and not torch.cuda.is_available():
+        raise ValueError(
+            "warmup: capability must be given where torch finds no GPU, such as 9.0 for an H100"
+        )
     with torch.device("meta"):
         net = new_model("warmup", **asdict(model_options), n_items=n_items)
     number = warm_up(
@@ -53,6 +59,6 @@ def _number(capability: str) -> int:
             f"warmup: capability must be a compute capability such as 9.0, got {capability}"
         )
     number = 10 * int(major) + int(minor)
-    if number < 75:
-        raise ValueError(f"warmup: capability must be at least 7.5, got {capability}")
+    if not 75 <= number < 130:
+        raise ValueError(f"warmup: capability must lie in 7.5 to 12.9, got {capability}")
     return number
