@@ -38,7 +38,7 @@ def warmup(
         raise ValueError(f"warmup: n_items must be at least 1, got {n_items}")
     if capability is None and not torch.cuda.is_available():
         raise ValueError(
-            "warmup: capability must be given where torch finds no GPU, such as 9.0 for an H100"
+            "warmup: capability must be given where torch finds no GPU, got none; 9.0 is an H100"
         )
     with torch.device("meta"):
         net = new_model("warmup", **asdict(model_options), n_items=n_items)
