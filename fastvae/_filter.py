@@ -40,6 +40,7 @@ def filter_events(
 def count_heldout(
     n_heldout: float, n_users: int, min_user_clicks: int, info: dict[str, Any]
 ) -> int:
+    """Users for validation, and as many for test; ValueError where that leaves none to train on."""
     is_fraction = not isinstance(n_heldout, Integral)
     n = int(n_heldout * n_users) if is_fraction else int(n_heldout)
     least = max(min_user_clicks, 1)

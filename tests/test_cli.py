@@ -69,20 +69,13 @@ def prepared(tmp_path, run):
     return log, data
 
 
+NARROW = (
+    "--hidden", 16, "--latent", 8, "--lr", 0.01, "--batch-size", 30, "--total-anneal-steps", 0,
+)  # fmt: skip
+
+
 def train(run, data, folder, *more):
-    narrow = (
-        "--hidden",
-        16,
-        "--latent",
-        8,
-        "--lr",
-        0.01,
-        "--batch-size",
-        30,
-        "--total-anneal-steps",
-        0,
-    )
-    return run("train", data, folder, "--epochs", 4, *narrow, *more)
+    return run("train", data, folder, "--epochs", 4, *NARROW, *more)
 
 
 def test_from_a_log_to_recommendations(tmp_path, run, prepared):
@@ -170,20 +163,8 @@ def test_prepare_reports_what_was_dropped(tmp_path, run):
 def test_resume_through_the_command_line(tmp_path, run, prepared):
     _, data = prepared
     train(run, data, tmp_path / "a")
-    narrow = (
-        "--hidden",
-        16,
-        "--latent",
-        8,
-        "--lr",
-        0.01,
-        "--batch-size",
-        30,
-        "--total-anneal-steps",
-        0,
-    )
-    assert run("train", data, tmp_path / "b", "--epochs", 2, *narrow)[0] == 0
-    assert run("train", data, tmp_path / "b", "--epochs", 4, "--resume", *narrow)[0] == 0
+    assert run("train", data, tmp_path / "b", "--epochs", 2, *NARROW)[0] == 0
+    assert run("train", data, tmp_path / "b", "--epochs", 4, "--resume", *NARROW)[0] == 0
     a, b = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     code, _, err = train(run, data, tmp_path / "a")

@@ -17,6 +17,7 @@ from ..run_folder import BEST, read_config
 
 
 def device_named(name: str | None) -> torch.device:
+    """The device that --device names; a GPU where there is one and None is named."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
@@ -30,6 +31,7 @@ def device_named(name: str | None) -> torch.device:
 
 
 def load_run(run: Path, tanh_after_dropout: bool) -> tuple[MultiVAE | MultiDAE, list[str] | None]:
+    """Model and external item ids of a run folder's best checkpoint, or of a checkpoint file."""
     if not run.exists():
         raise ValueError(
             f"run must be a run folder or a checkpoint, got nothing at {run}; fastvae train writes one"
@@ -60,6 +62,7 @@ def read_ids(where: str, name: str, path: Path | None) -> list[str] | None:
 
 
 def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:
+    """ValueError unless a run has the items of the data."""
     if n_items != len(items):
         raise ValueError(
             f"checkpoint has {n_items} items, data has {len(items)}: {run} was trained on other data"
@@ -75,6 +78,7 @@ def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: An
 def new_model(
     command: str, model: str, hidden: str, latent: int, dropout: float, n_items: int
 ) -> MultiVAE | MultiDAE:
+    """The model that the options of a command describe."""
     if model not in ("vae", "dae"):
         raise ValueError(f"{command}: model must be vae or dae, got {model}")
     try:
@@ -95,6 +99,7 @@ def new_model(
 
 
 def check_users(command: str, users: str) -> None:
+    """ValueError unless users names held-out users."""
     if users not in ("test", "vad"):
         raise ValueError(f"{command}: users must be test or vad, got {users}")
 
