@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "messages.md"
 KINDS = (
     "ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "KeyboardInterrupt",
-    "NotFiniteLoss",
+    "NotFiniteLoss", "NoSuchColumn",
 )  # fmt: skip
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {

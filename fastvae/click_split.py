@@ -33,8 +33,6 @@ def split_by_click(
         raise ValueError(
             f"prepare: held_out_fraction must lie below 0.5 for a split by time, got {fraction}; it is held out twice"
         )
-    if by != "time" and date is not None:
-        raise ValueError(f"prepare: date must be None but for a split by time, got {date!r}")
     least, rarest = settings["min_user_clicks"], settings["min_item_clicks"]
     x, kept_users, info = filter_events(events, least, rarest)
     count_heldout(0, len(kept_users), least, info)

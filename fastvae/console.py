@@ -92,10 +92,24 @@ def note_doubts(log: Events) -> None:
             "have become the same, so export the log anew with its ids as text"
         )
     _note_line_ends(source)
+    _note_times(source)
     if source.get("kept_without_a_number"):
         note(
             f"{source['kept_without_a_number']:,} events have a rating that is not a number and were kept as clicks; "
             "with --min-rating they would be dropped"
+        )
+
+
+def _note_times(source: dict[str, Any]) -> None:
+    if source.get("times_for_none"):
+        note(
+            f"{source['times_for_none']:,} events have the time 0 or -1 where the others are since 1970; they count as "
+            "events without a time"
+        )
+    if source.get("times_far_off"):
+        note(
+            f"{source['times_far_off']:,} events have a time far from the others, such as {source['first_time_far_off']}, "
+            "and are put in order all the same; the others lie between 1982 and 2039"
         )
 
 

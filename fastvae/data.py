@@ -81,7 +81,7 @@ class Dataset:
     def from_matrix(
         cls,
         x: Any,
-        n_heldout: float = 0.1,
+        n_heldout: float | None = None,
         seed: int = 0,
         *,
         users: Iterable | None = None,
@@ -112,7 +112,7 @@ class Dataset:
     def from_frame(
         cls,
         frame: Any,
-        n_heldout: float = 0.1,
+        n_heldout: float | None = None,
         seed: int = 0,
         *,
         user: str | None = None,
@@ -208,12 +208,12 @@ def _assemble(
 
 def split_dataset(
     events: Events,
-    n_heldout: float = 0.1,
+    n_heldout: float | None = None,
     seed: int = 0,
     *,
     min_user_clicks: int = 5,
     min_item_clicks: int = 0,
-    held_out_fraction: float = 0.2,
+    held_out_fraction: float | None = None,
     strict: bool = False,
     by: str = "users",
     date: Any = None,
@@ -228,11 +228,18 @@ def split_dataset(
     by         "users" as above; "time" or "leave-one-out" cut every user's clicks as click_split.py says: all users are
                train, validation and test users then, and the fold-in is what comes before the held-out clicks
     date       for by="time": test is from here on, whoever clicked; ISO text, datetime, or a number as the times are
-    n_heldout  a count (int, 0 allowed), or a fraction of the users that are left (float, below 0.5); for by="users"
-    strict     raise where a held-out user has items outside the vocabulary, rather than drop and count them
+    n_heldout  a count (int, 0 allowed), or a fraction of the users that are left (float, below 0.5); for by="users", where
+               None is 0.1
+    held_out_fraction  for by="users", and by="time" without a date, where None is 0.2
+    strict     raise where a held-out user has items outside the vocabulary, rather than drop and count them; for by="users"
 
-    Raises: ValueError for settings out of range, or too few users left for the split; TypeError for other kinds.
+    Raises: ValueError for settings out of range or of another split, or too few users left for the split; TypeError for
+    other kinds.
     """
+    check_choice("prepare", "by", by, ["users", *BY_CLICK])
+    _refuse_unused(by, date, n_heldout, held_out_fraction, strict)
+    n_heldout = 0.1 if n_heldout is None else n_heldout
+    held_out_fraction = 0.2 if held_out_fraction is None else held_out_fraction
     settings = {
         "n_heldout": n_heldout,
         "seed": seed,
@@ -242,10 +249,8 @@ def split_dataset(
         "strict": strict,
     }
     settings = _check_settings(settings)
-    if check_choice("prepare", "by", by, ["users", *BY_CLICK]) != "users":
+    if by != "users":
         return _assemble(*split_by_click(events, settings, by, date))
-    if date is not None:
-        raise ValueError(f"prepare: date must be None but for a split by time, got {date!r}")
     x, kept_users, info = filter_events(events, min_user_clicks, min_item_clicks)
     n = count_heldout(n_heldout, len(kept_users), min_user_clicks, info)
     rng = np.random.default_rng(seed)
@@ -281,6 +286,26 @@ def _split_clicks(x, rows, item_ids, held_out_fraction, rng, strict) -> tuple[di
         held_out = _draw_held_out(inside, held_out_fraction, rng)
         parts[f"{name}_tr"], parts[f"{name}_te"] = keep(inside, ~held_out), keep(inside, held_out)
     return parts, items
+
+
+def _refuse_unused(by: str, date: Any, n_heldout: Any, held_out_fraction: Any, strict: Any) -> None:
+    """ValueError for an option that the split would not look at: who gives it expects that it does something."""
+    given = {
+        "n_heldout": (n_heldout, "users"),
+        "strict": (strict or None, "users"),
+        "date": (date, "time"),
+    }
+    for name, (value, use) in given.items():
+        if value is not None and by != use:
+            raise ValueError(
+                f"prepare: {name} must be left out of a split by {by}, got {value!r}; it is for a split by {use}"
+            )
+    if held_out_fraction is not None and (by == "leave-one-out" or date is not None):
+        kind = "leave-one-out" if date is None else "a date"
+        raise ValueError(
+            f"prepare: held_out_fraction must be left out of a split by {kind}, got {held_out_fraction!r}; it is for a "
+            "split by users, or by time without a date"
+        )
 
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,14 @@ _OTHER_FORMATS = (
 )
 
 
+class NoSuchColumn(ValueError):
+    """A table without a column for a role: user, item, rating or time."""
+
+    def __init__(self, message: str, role: str):
+        super().__init__(message)
+        self.role = role
+
+
 @dataclass
 class Table:
     """Columns of a file.
@@ -104,7 +112,7 @@ class Table:
             return set(range(len(self.names)))
         pl = import_polars()
         dtypes = pl.scan_parquet(self.path, glob=False).collect_schema().dtypes()
-        return {k for k, dtype in enumerate(dtypes) if not dtype.is_nested() and dtype != pl.Binary}
+        return {k for k, dtype in enumerate(dtypes) if has_text(pl, dtype)}
 
     def find(self, role: str, wanted: str | None) -> int:
         """Position of the column that is called wanted, or that looks like the role."""
@@ -117,9 +125,10 @@ class Table:
             matches = [("user", "item", "rating", "time").index(role)]
         if not matches or matches[0] >= len(self.names):
             got = "no column with a usual name" if wanted is None else repr(wanted)
-            raise ValueError(
+            raise NoSuchColumn(
                 f"events: {role} must name a column of {self.path.name}, got {got}; "
-                f"the columns are {listed(self.names)}"
+                f"the columns are {listed(self.names)}",
+                role,
             )
         name = self.names[matches[0]]
         if self.names.count(name) > 1:
@@ -200,6 +209,11 @@ class Table:
             raise _unreadable(self.path, error) from error
 
 
+def has_text(pl: Any, dtype: Any) -> bool:
+    """Whether values of a polars dtype have a text that may be an id or a time."""
+    return not dtype.is_nested() and dtype not in (pl.Binary, pl.Duration, pl.Object)
+
+
 def texts_of(frame: Any, names: dict[str, str]) -> Any:
     """The columns of a polars LazyFrame as text, by new names -> old ones. Raises: OSError for lists and the like."""
     pl, dtypes = import_polars(), frame.collect_schema()
@@ -215,6 +229,8 @@ def _text(pl: Any, frame: Any, name: str, dtype: Any) -> Any:
         raise OSError(f"{name!r} of lists or structures, which are no ids")
     if dtype == pl.Binary:
         return _text_of_bytes(pl, frame, name)
+    if not has_text(pl, dtype):
+        raise OSError(f"{name!r} of {dtype}, which has no text to be an id or a time")
     if dtype.is_decimal():
         return column.cast(pl.String).str.replace(r"\.0*$|(\.\d*?[1-9])0+$", "${1}")
     if not dtype.is_float():

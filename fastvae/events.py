@@ -25,7 +25,7 @@ from .event_ids import (
     suspects,
 )
 from .event_table import Table, import_polars, open_table
-from .event_times import parse_times
+from .event_times import check_times, parse_times
 
 # why an event is not in the dataset, in the order of the questions: the first yes counts
 DROPPED = {
@@ -44,7 +44,7 @@ DROPPED = {
 # and where times are read, or the users of a split share their clicks
 DROPPED_BY_TIME = {
     "missing_time": "no time",
-    "unparsable_time": "a time that is neither a number nor a date",
+    "unparsable_time": "a time that cannot be read as the others are",
     "no_history": "a test user who has no earlier click",
 }
 REASONS = {**DROPPED, **DROPPED_BY_TIME}
@@ -95,7 +95,8 @@ def read_events(
     header      default: yes where the first line has a known column name, no where it has a number
     counts      keep how often a pair comes as its value; by default a pair counts one
     time        column name, or True for one that is recognised (timestamp, time, date, ...); by default no times are
-        read. Events without a time, or with one that is neither a number nor a date, are dropped then
+        read. Events without a time, or with one that is neither a number nor a date, are dropped then; so are those of
+        time 0 or -1 where the others are since 1970. Seconds among milliseconds are refused
 
     Ids stay the text that is written ("007" is not "7"); numbers of a Parquet file become their shortest text. NA,
     NULL, None, nan and the like are no ids where all others of the column have digits. The order of the rows does
@@ -139,6 +140,9 @@ def events_of(
         raise ValueError(
             f"events: file must hold at least one event, got none in {table.path.name}"
         )
+    odd_times: dict[str, Any] = {}
+    if "time" in columns:
+        frame, odd_times = _check_times(pl, table, columns["time"], frame)
     frame, kept, ids, words = _drop_words(pl, frame)
     for role, wanted in (("user", user), ("item", item)):
         if wanted is None:
@@ -162,7 +166,7 @@ def events_of(
         "rounded_ids": sum(n_rounded(ids[role]) for role in _ROLES),
     }
     if "time" in columns:
-        source["times_are_dates"] = bool(frame["dated"][0])
+        source |= {"times_are_dates": bool(frame["dated"][0]), **odd_times}
     info = {
         "n_events": len(frame),
         "dropped": dict(zip(reasons, n_why[1:], strict=False)),
@@ -200,6 +204,34 @@ def _reason(pl: Any, texts: Any, min_rating: float | None) -> Any:
         why = why.when(timed["time"].is_null()).then(code["unparsable_time"])
     why = why.otherwise(0).cast(pl.UInt8)
     return texts.select("user", "item", why=why, odd=odd & (why == 0), **timed)
+
+
+def _filled(pl: Any, texts: Any) -> Any:
+    return texts.filter(pl.col("time").str.strip_chars() != "").head(1)
+
+
+def _check_times(pl: Any, table: Table, column: int, frame: Any) -> tuple[Any, dict[str, Any]]:
+    """The frame without the events whose time stands for none, and what is odd about the others.
+
+    Raises: ValueError where no event has a time that can be read, or times are of several units.
+    """
+    code = {why: k + 1 for k, why in enumerate(REASONS)}
+    why, where = pl.col("why"), f"column {table.names[column]!r} of {table.path.name}"
+    is_kept = frame.select(why == 0).to_series().to_numpy()
+    unread = int(frame.select((why == code["unparsable_time"]).sum()).item())
+    if unread and not is_kept.any():
+        texts = table.collect({"time": column}, lambda texts: _filled(pl, texts))
+        raise ValueError(
+            f"events: time must be a column of numbers or of dates such as 2020-01-31, got {texts['time'][0][:40]!r} in "
+            f"{where}, and no other that can be read"
+        )
+    is_none, found = check_times(frame["time"].to_numpy(), is_kept, bool(frame["dated"][0]), where)
+    if is_none.any():
+        none = pl.Series(is_none)
+        frame = frame.with_columns(
+            why=pl.when(none).then(code["missing_time"]).otherwise(why).cast(pl.UInt8)
+        )
+    return frame, found
 
 
 def _number(pl: Any, text: Any) -> Any:

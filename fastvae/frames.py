@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .event_table import Table, import_polars, texts_of
+from .event_table import Table, has_text, import_polars, texts_of
 from .events import Events, events_of
 
 _KINDS = ("pandas", "polars")
@@ -68,7 +68,7 @@ class _FrameTable(Table):
         if self.kind == "pandas":
             return {k for k in range(len(self.names)) if _holds_scalars(frame.iloc[:20, k])}
         dtypes = frame.collect_schema().dtypes()
-        return {k for k, dtype in enumerate(dtypes) if not dtype.is_nested() and dtype != pl.Binary}
+        return {k for k, dtype in enumerate(dtypes) if has_text(pl, dtype)}
 
     def scan(self, columns: dict[str, int]) -> Any:
         pl = import_polars()
@@ -79,7 +79,10 @@ class _FrameTable(Table):
 
 
 def _holds_scalars(column: Any) -> bool:
-    return not any(isinstance(value, list | dict | tuple | set | bytes) for value in column)
+    is_duration = getattr(column.dtype, "kind", "O") == "m"
+    return not is_duration and not any(
+        isinstance(value, list | dict | tuple | set | bytes) for value in column
+    )
 
 
 def _series(pl: Any, column: Any) -> Any:

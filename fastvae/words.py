@@ -41,6 +41,7 @@ _PHRASES = {
     "train without resume": "train without --resume",
     "lower lr": "lower --lr",
     "leave out strict to drop them": "drop them",
+    "it is for a split by ": "it is for --split ",
 }
 _MESSAGE = re.compile(r"(?:(\w+): )?(\w+(?: and \w+)?)(?:\[\d+\])?( must | has )(.*)", re.DOTALL)
 

@@ -674,7 +674,7 @@ def test_every_option_of_prepare_reaches_its_function(tmp_path, run, monkeypatch
     text = ("--separator", ";", "--header")
     split = ("--min-user-clicks", 2, "--min-item-clicks", 3, "--heldout", 2, "--seed", 6)
     arguments = (tmp_path / "log.csv", tmp_path / "data", *options, *text, *split, "--counts")
-    unused = {"held_out_fraction": 0.2, "by": "users", "date": None}
+    unused = {"held_out_fraction": None, "by": "users", "date": None}
     assert run("prepare", *arguments)[0] == 0
     assert calls == [
         ((), columns | {"separator": ";", "header": True, "counts": True}),

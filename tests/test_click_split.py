@@ -179,11 +179,40 @@ def test_what_a_split_by_click_refuses(tmp_path):
     cases = [
         (plain, {"by": "time"}, "events must have times for a split by time, got none"),
         (timed, {"by": "clock"}, "by must be one of users, time, leave-one-out, got 'clock'"),
-        (timed, {"date": 5}, "date must be None but for a split by time, got 5"),
+        (
+            timed,
+            {"date": 5},
+            "date must be left out of a split by users, got 5; it is for a split by time",
+        ),
         (
             timed,
             {"by": "leave-one-out", "date": 5},
-            "date must be None but for a split by time",
+            "date must be left out of a split by leave-one-out, got 5; it is for a split by time",
+        ),
+        (
+            timed,
+            {"by": "time", "n_heldout": 0.1},
+            "n_heldout must be left out of a split by time, got 0.1; it is for a split by users",
+        ),
+        (
+            timed,
+            {"by": "leave-one-out", "n_heldout": 0},
+            "n_heldout must be left out of a split by leave-one-out, got 0; it is for a split by users",
+        ),
+        (
+            timed,
+            {"by": "time", "strict": True},
+            "strict must be left out of a split by time, got True; it is for a split by users",
+        ),
+        (
+            timed,
+            {"by": "leave-one-out", "held_out_fraction": 0.2},
+            "held_out_fraction must be left out of a split by leave-one-out, got 0.2; it is for a split by users, or by",
+        ),
+        (
+            timed,
+            {"by": "time", "date": 5, "held_out_fraction": 0.2},
+            "held_out_fraction must be left out of a split by a date, got 0.2; it is for a split by users, or by",
         ),
         (timed, {"by": "time", "held_out_fraction": 0.5}, "held_out_fraction must lie below 0.5"),
         (
@@ -236,7 +265,115 @@ def test_the_options_of_prepare_reach_the_split(tmp_path, run):  # noqa: F811
     for options, message in (
         (("--split", "clock", "--time", "when"), "prepare: --split must be one of users, time"),
         (("--split", "time"), "prepare: --time must name a column of log.csv, got no column with"),
-        (("--date", "2040-01-01"), "prepare: --date must be None but for a split by time"),
+        (
+            ("--date", "2040-01-01"),
+            "prepare: --date must be left out of a split by users, got '2040-01-01'; it is for --split time\n",
+        ),
+        (
+            ("--split", "time", "--time", "when", "--heldout", 50),
+            "prepare: --heldout must be left out of a split by time, got 50; it is for --split users\n",
+        ),
+        (
+            ("--split", "leave-one-out", "--time", "when", "--held-out-fraction", 0.3),
+            "prepare: --held-out-fraction must be left out of a split by leave-one-out, got 0.3; it is for --split users, "
+            "or by time without a date\n",
+        ),
+        (
+            ("--split", "leave-one-out", "--time", "whem"),
+            "prepare: --time must name a column of log.csv, got 'whem'",
+        ),
     ):
         code, _, err = run("prepare", log, tmp_path / "other", *options)
         assert code == 2 and err.startswith(f"fastvae: {message}"), err
+
+
+def test_leave_one_out_draws_by_the_seed_where_no_column_is_of_times_and_says_so(tmp_path, run):  # noqa: F811
+    log = tmp_path / "log.csv"
+    write_log(log, header="user,item,when")
+    code, _, err = run("prepare", log, tmp_path / "data", "--split", "leave-one-out", "--seed", 4)
+    assert code == 0 and err == (
+        "no column has a usual name for times, so the click that is held out of each user is drawn at random by --seed; "
+        "--time names a column for the last one\n"
+    )
+    expected = split_dataset(read_events(log), by="leave-one-out", seed=4)
+    assert_same(Dataset.load(tmp_path / "data"), expected)
+
+
+SECONDS = [1_500_000_000 + 86_400 * n for n in range(40)]
+
+
+def read_times(path, times, **options):
+    """Events of a log whose users each have five clicks, at these times."""
+    rows = [f"u{n // 5},i{n % 5},{time}" for n, time in enumerate(times)]
+    path.write_text("\n".join(["user,item,time", *rows]) + "\n")
+    return read_events(path, time=True, **options)
+
+
+@pytest.mark.parametrize("most", range(4))
+@pytest.mark.parametrize("other", range(4))
+def test_times_of_two_units_are_refused_with_the_first_of_the_fewer(most, other, tmp_path):
+    names = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+    times = [second * 1000**most for second in SECONDS]
+    times[7] = times[9] = "-1"
+    for n in (8, 33):
+        times[n] = SECONDS[n] * 1000**other
+    if most == other:
+        assert read_times(tmp_path / "log.csv", times).info["dropped"]["missing_time"] == 2
+        return
+    with pytest.raises(ValueError) as raised:
+        read_times(tmp_path / "log.csv", times)
+    assert str(raised.value) == (
+        f"events: time must be of one unit in all of column 'time' of log.csv, got {times[8]}, {names[other]} since 1970, "
+        f"where most are {names[most]}, and 2 such of 38 times; convert them first"
+    )
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param([*range(-1, 39)], id="days"),
+        pytest.param(
+            [round(5e8 * 1.3**n) for n in range(40)], id="microseconds-since-the-log-began"
+        ),
+        pytest.param([0] * 20 + [1] * 20, id="flags"),
+    ],
+)
+def test_times_of_no_unit_are_left_as_they_are(times, tmp_path):
+    log = read_times(tmp_path / "log.csv", times)
+    assert log.times.tolist() == times and log.info["dropped"]["missing_time"] == 0
+
+
+@pytest.mark.parametrize("as_dates", [False, True], ids=["numbers", "dates"])
+def test_0_and_minus_1_are_no_times_among_times_since_1970(as_dates, tmp_path, run):  # noqa: F811
+    times = list(SECONDS)
+    for n, second in ((3, 0), (13, -1), (23, 86_400)):
+        times[n] = second
+    if as_dates:
+        times = [datetime.fromtimestamp(second, timezone.utc).isoformat() for second in times]
+    log = read_times(tmp_path / "log.csv", times)
+    assert log.info["dropped"]["missing_time"] == 2 and log.x.nnz == 38
+    code, out, err = run(
+        "prepare",
+        tmp_path / "log.csv",
+        tmp_path / "data",
+        "--split",
+        "time",
+        "--min-user-clicks",
+        1,
+    )
+    assert code == 0 and " 2 " in next(line for line in out.splitlines() if "no time" in line)
+    far = "1970-01-02T00:00:00.000000" if as_dates else "86400"
+    assert err.splitlines() == [
+        "2 events have the time 0 or -1 where the others are since 1970; they count as events without a time",
+        f"1 events have a time far from the others, such as {far}, and are put in order all the same; the others lie "
+        "between 1982 and 2039",
+    ]
+
+
+def test_a_column_without_a_time_is_refused_with_its_first_text(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        read_times(tmp_path / "log.csv", ["", *[f"{day:02}.01.2020" for day in range(1, 40)]])
+    assert str(raised.value) == (
+        "events: time must be a column of numbers or of dates such as 2020-01-31, got '01.01.2020' in column 'time' of "
+        "log.csv, and no other that can be read"
+    )

@@ -1,6 +1,7 @@
 """Click logs in frames are read as a file of them is: same ids, same counts, same messages."""
 
 import sys
+from datetime import timedelta
 from decimal import Decimal
 
 import numpy as np
@@ -138,6 +139,18 @@ def test_the_messages_are_those_of_a_file(kind, tmp_path):
     lists = {"user": ["a", "b"], "item": [["x"], ["y", "z"]]}
     with pytest.raises(ValueError, match=r"lists or structures, which are no ids"):
         events_from_frame(frames(lists)[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_durations_are_neither_ids_nor_times_and_stop_nobody_who_does_not_name_them(kind):
+    rows = {"user": ["a", "b"], "item": ["x", "y"], "dwell": [timedelta(seconds=5)] * 2}
+    assert events_from_frame(frames(rows)[kind]).x.nnz == 2
+    for options in ({"time": "dwell"}, {"item": "dwell"}):
+        with pytest.raises(
+            ValueError,
+            match=r"^events: .* of Duration.*, which has no text to be an id or a time$",
+        ):
+            events_from_frame(frames(rows)[kind], **options)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,29 @@ import typer
 from .. import console
 from ..data import split_dataset
 from ..dataset_folder import check_writable
-from ..events import read_events
+from ..event_table import NoSuchColumn
+from ..events import Events, read_events
 from ..options import LogOptions, with_options
 
 Split = Annotated[
     str,
     typer.Option(
         help="users: held-out users are in no other part. time: the last clicks of every user are held out. "
-        "leave-one-out: the last click of every user."
+        "leave-one-out: the last click of every user; a random one where the log has no times."
+    ),
+]
+HeldOutUsers = Annotated[
+    str | None,
+    typer.Option(
+        help="For --split users: users for validation, and as many for test; a count, or a fraction such as 0.1.",
+        show_default="0.1",
+    ),
+]
+HeldOutFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="For --split users, and time without --date: share of a user's clicks that is held out.",
+        show_default="0.2",
     ),
 ]
 TimeColumn = Annotated[
@@ -44,19 +59,12 @@ def prepare(
     min_item_clicks: Annotated[
         int, typer.Option(help="Drop items with fewer users, before the users are counted.")
     ] = 0,
-    heldout: Annotated[
-        str,
-        typer.Option(
-            help="Users for validation, and as many for test: a count, or a fraction such as 0.1."
-        ),
-    ] = "0.1",
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     split: Split = "users",
+    heldout: HeldOutUsers = None,
+    held_out_fraction: HeldOutFraction = None,
     time: TimeColumn = None,
     date: FirstDate = None,
-    held_out_fraction: Annotated[
-        float, typer.Option(help="Share of a user's clicks that is held out.")
-    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     counts: Annotated[
         bool, typer.Option("--counts", help="Keep how often a user clicked an item.")
     ] = False,
@@ -64,10 +72,7 @@ def prepare(
     """Turn a click log into a dataset folder: train, validation and test users, with what was dropped and why."""
     # before minutes of work
     check_writable(folder)
-    reading: dict[str, Any] = {}
-    if time is not None or split != "users":
-        reading["time"] = time or True
-    log = read_events(events, **asdict(log_options), counts=counts, **reading)
+    log = _read(events, time, split, {**asdict(log_options), "counts": counts})
     console.note_doubts(log)
     dataset = split_dataset(
         log,
@@ -84,7 +89,25 @@ def prepare(
     console.say(f"wrote {folder}; next: fastvae train {folder} RUN")
 
 
-def _heldout(text: str) -> float:
+def _read(path: Path, time: str | None, split: str, options: dict[str, Any]) -> Events:
+    """The log, with times where the split goes by them."""
+    if time is None and split == "users":
+        return read_events(path, **options)
+    try:
+        return read_events(path, **options, time=time or True)
+    except NoSuchColumn as error:
+        if split != "leave-one-out" or time is not None or error.role != "time":
+            raise
+    console.note(
+        "no column has a usual name for times, so the click that is held out of each user is drawn at random by --seed; "
+        "--time names a column for the last one"
+    )
+    return read_events(path, **options)
+
+
+def _heldout(text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
