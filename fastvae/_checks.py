@@ -5,6 +5,7 @@ Messages have one form: `<where>: <argument> must <expected>, got <actual>[; <wh
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -132,6 +133,11 @@ def listed(names: Sequence[str]) -> str:
     """Names for a message: each cut to 40 characters, the first 20 of them."""
     more = ", ..." if len(names) > 20 else ""
     return ", ".join(repr(name[:40]) for name in names[:20]) + more
+
+
+def first_of(ids: Iterable[Any], most: int = 3) -> str:
+    """The first ids for a message, as they are written, each cut to 40 characters."""
+    return ", ".join(repr(str(item)[:40]) for item in itertools.islice(ids, most))
 
 
 def check_ids(

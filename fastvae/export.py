@@ -36,7 +36,7 @@ class Written:
     n_clicks   clicks of the histories
     n_unknown  those on items that the model does not know; they are ignored
     n_new      users who have no other clicks; they get what the model gives an empty history
-    n_empty    users without a recommendation: their history holds every item that may be recommended
+    n_empty    users without a recommendation: no item is left by the rules and their history
     """
 
     n_users: int

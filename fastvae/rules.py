@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_catalogue, check_ids, check_number
+from ._checks import check_catalogue, check_ids, check_number, first_of
 from .clicks import Clicks
 
 
@@ -45,7 +45,10 @@ def rules_of(
     popularity_penalty: Any,
     popularity: Any,
 ) -> Rules:
-    """Rules from the arguments of recommend, on the CPU; vocabulary: external ids by position, or None."""
+    """Rules from the arguments of recommend, on the CPU; vocabulary: external ids by position, or None.
+
+    Warns, where the call of recommend stands, of ids that the model does not know, and where no item is left.
+    """
     places = None
     if vocabulary is not None and (allowed is not None or exclude is not None):
         places = {str(item): position for position, item in enumerate(vocabulary)}
@@ -58,11 +61,19 @@ def rules_of(
         if exclude is not None:
             left[_positions("exclude", exclude, n_items, places)] = False
         columns = torch.from_numpy(np.flatnonzero(left))
+        if not len(columns):
+            warnings.warn(
+                "recommend: allowed and exclude leave no item, so that every list is empty",
+                stacklevel=4,
+            )
     return Rules(columns, _penalty(popularity_penalty, popularity, n_items))
 
 
 def _positions(name: str, ids: Any, n_items: int, places: dict[str, int] | None) -> np.ndarray:
-    """Positions of ids, int64; those that the model does not know are left out, with a warning."""
+    """Positions of ids, int64; those that the model does not know are left out, with a warning.
+
+    Raises: ValueError where it knows none of allowed, which then would allow nothing.
+    """
     found = check_ids("recommend", name, list(ids) if isinstance(ids, Set) else ids, distinct=False)
     if places is None:
         for position in found:
@@ -73,9 +84,16 @@ def _positions(name: str, ids: Any, n_items: int, places: dict[str, int] | None)
         return np.array(found, np.int64)
     known = [places[text] for text in map(str, found) if text in places]
     if len(known) < len(found):
+        # a space, a quote or the name of a column is seen where the id is shown
+        unknown = first_of(text for text in map(str, found) if text not in places)
+        if name == "allowed" and not known:
+            raise ValueError(
+                f"recommend: allowed must hold ids of the model's items, such as {first_of(places)}, got none among "
+                f"{len(found):,}, such as {unknown}"
+            )
         warnings.warn(
             f"recommend: {len(found) - len(known):,} of {len(found):,} ids in {name} are of items that the "
-            "model does not know; they are ignored",
+            f"model does not know, such as {unknown}; they are ignored",
             stacklevel=5,
         )
     return np.array(known, np.int64)

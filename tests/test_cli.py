@@ -397,6 +397,15 @@ REFUSED = [
         "recommend: --allowed must be a text file in UTF-8, got other bytes in trained/best.pt",
     ),
     (
+        "recommend trained data top.csv --allowed one_user.csv",
+        "recommend: --allowed must hold ids of the model's items, such as 'film, 0', 'film, 1', 'film, 10', got none "
+        "among 10, such as 'user,item', 'u,0', 'u,1'",
+    ),
+    (
+        "recommend trained log.csv top.csv --allowed blank.txt",
+        "recommend: --allowed must be a file of ids, one a line, got none in blank.txt",
+    ),
+    (
         "recommend trained log.csv one_user.csv --exclude one_user.csv",
         "recommend: output must be another file than exclude, got one_user.csv for both",
     ),
@@ -423,6 +432,7 @@ def folder_of_everything(tmp_path_factory):
     items = list(data.items)
     fit(model, data.train, data.validation, epochs=1, run_dir=folder / "trained", items=items)
     (folder / "one_user.csv").write_text("user,item\n" + "".join(f"u,{i}\n" for i in range(9)))
+    (folder / "blank.txt").write_text("\n \n")
     return folder
 
 
@@ -519,9 +529,7 @@ def test_recommend_says_how_many_it_wrote_and_who_got_nothing(tmp_path, run, pre
         "recommend", tmp_path / "run", tmp_path / "all.csv", tmp_path / "t.csv", "-k", 500
     )
     assert code == 0 and f"wrote the top {len(items)} of 2 users" in out
-    assert err == (
-        "1 users have no recommendation: their history holds every item that may be recommended\n"
-    )
+    assert err == ("1 users have no recommendation: no item is left by their history\n")
     code, _, err = run("recommend", tmp_path / "run", tmp_path / "none.csv", tmp_path / "t.csv")
     assert (
         code == 2
@@ -587,13 +595,31 @@ def test_rules_in_the_command_give_what_recommend_gives(tmp_path, run, folder_of
     code, out, err = run("recommend", folder, folder_of_everything / "data", top, "-k", 12, *rules)
     assert code == 0 and "wrote the top 12 of 120 users" in out
     assert err.splitlines()[0] == (
-        "recommend: 1 of 10 ids in allowed are of items that the model does not know; they are ignored"
+        "recommend: 1 of 10 ids in allowed are of items that the model does not know, such as 'sold out'; they are ignored"
     )
     found = recommend(
         model, data.histories().x, 12, allowed=range(9), popularity_penalty=2, popularity=data.train
     )
     for line, row in zip(top.read_text().splitlines(), found._indices(), strict=True):
         assert json.loads(line)["items"] == [items[i] for i in row]
+
+
+def test_lists_are_empty_by_the_rules_and_not_by_the_histories_alone(
+    tmp_path, run, folder_of_everything
+):
+    _, items = load_model(folder_of_everything / "trained/best.pt")
+    (tmp_path / "a.txt").write_text(items[0])
+    rules = ("--allowed", tmp_path / "a.txt", "--exclude", tmp_path / "a.txt")
+    arguments = ("recommend", folder_of_everything / "trained", folder_of_everything / "data")
+    code, _, err = run(*arguments, tmp_path / "top.csv", *rules)
+    assert code == 0 and err.splitlines() == [
+        "recommend: allowed and exclude leave no item, so that every list is empty",
+        "120 users have no recommendation: no item is left by --allowed and --exclude and their history",
+    ]
+    code, _, err = run(
+        *arguments, tmp_path / "top.csv", "--exclude", folder_of_everything / "blank.txt"
+    )
+    assert (code, err) == (0, "")
 
 
 def test_similar_prints_what_similar_items_gives(tmp_path, run, folder_of_everything):

@@ -35,8 +35,9 @@ EXCEPTIONS = {
     "recommend: {n_unknown} of {log.x.nnz} clicks in frame are on items that the model does not know; they are ignored",
     "{where}: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not know; "
     "they are ignored",
-    "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know; "
-    "they are ignored",
+    "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know, such "
+    "as {unknown}; they are ignored",
+    "recommend: allowed and exclude leave no item, so that every list is empty",
     # Ctrl-C: no error
     "stopped after {n} trials; saved in {path}, the same command goes on",
     "fastvae: the training step could not be captured as a CUDA graph, eager steps go on ({reason})",

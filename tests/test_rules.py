@@ -31,6 +31,10 @@ def by_definition(scores, seen, k, allowed=None, exclude=()):
     return best + [-1] * padding, [scores[i] for i in best] + [-INF] * padding
 
 
+NO_ITEM = pytest.mark.filterwarnings("ignore:recommend. allowed and exclude leave no item")
+
+
+@NO_ITEM
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_rules_are_what_they_say_with_ties(data):
@@ -79,6 +83,7 @@ SIZES = [
 ]
 
 
+@NO_ITEM
 @pytest.mark.parametrize("n_allowed", SIZES)
 def test_few_items_are_scored_alone_in_the_order_of_all(n_allowed, monkeypatch):
     x = random_clicks([u % 9 for u in range(40)], N_ITEMS).to(DEVICE)
@@ -159,12 +164,34 @@ def test_ids_are_those_of_items_in_any_container():
     assert recommend(model, Clicks([0, 0], [], n_items=4), 2, exclude=range(3)).items.tolist() == [[3, -1]]  # fmt: skip
 
 
-def test_unknown_ids_are_counted_and_reported_where_the_call_stands():
+def test_unknown_ids_are_named_and_counted_where_the_call_stands():
     for name in ("allowed", "exclude"):
-        text = f"recommend: 2 of 3 ids in {name} are of items that the model does not know; they are ignored"
+        text = (
+            f"recommend: 5 of 6 ids in {name} are of items that the model does not know, such as ' a', '\"b\"', 'item_id'; "
+            "they are ignored"
+        )
+        ids = [" a", "a", '"b"', "item_id", "y", "z"]
         with pytest.warns(UserWarning, match=f"^{text}$") as warned:
-            recommend(Fixed(1.0, 2.0), [[]], items=["a", "b"], **{name: ["x", "a", "y"]})
+            recommend(Fixed(1.0, 2.0), [[]], items=["a", "b"], **{name: ids})
         assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_rules_that_leave_no_item_say_so_where_the_call_stands():
+    for rules in ({"allowed": []}, {"exclude": ["a", "b"]}, {"allowed": ["b"], "exclude": ["b"]}):
+        with pytest.warns(
+            UserWarning, match="^recommend: allowed and exclude leave no item"
+        ) as warned:
+            found = recommend(Fixed(1.0, 2.0), [[]], items=["a", "b"], **rules)
+        assert found.external() == [[]]
+        assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_choice_of_unknown_items_alone_is_refused():
+    with pytest.raises(ValueError) as raised:
+        recommend(Fixed(1.0, 2.0), [[]], items=["a", "b"], allowed=["a ", 7])
+    assert str(raised.value) == (
+        "recommend: allowed must hold ids of the model's items, such as 'a', 'b', got none among 2, such as 'a ', '7'"
+    )
 
 
 EMPTY = Clicks([0, 0], [], n_items=2)

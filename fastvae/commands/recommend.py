@@ -72,9 +72,9 @@ def recommend(
         )
     console.say(f"wrote the top {done.k} of {done.n_users:,} users to {output}")
     if done.n_empty:
-        console.note(
-            f"{done.n_empty:,} users have no recommendation: their history holds every item that may be recommended"
-        )
+        given = [f"--{name}" for name in ("allowed", "exclude") if rules[name] is not None]
+        causes = " and ".join([*given, "their history"])
+        console.note(f"{done.n_empty:,} users have no recommendation: no item is left by {causes}")
 
 
 def _rules(options: RuleOptions, histories: Path) -> tuple[dict[str, Any], Dataset | None]:
@@ -84,6 +84,11 @@ def _rules(options: RuleOptions, histories: Path) -> tuple[dict[str, Any], Datas
         "exclude": read_ids("recommend", "exclude", options.exclude),
         "popularity_penalty": options.popularity_penalty,
     }
+    if rules["allowed"] == []:
+        # nobody wants a file of empty lists; an empty file of what is excluded may be today's
+        raise ValueError(
+            f"recommend: allowed must be a file of ids, one a line, got none in {options.allowed}"
+        )
     if options.popularity_penalty == 0:
         return rules, None
     folder = options.popularity or histories
