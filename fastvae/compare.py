@@ -112,10 +112,15 @@ def _common(a: Any, b: Any) -> list[str]:
             "same fold_in and held_out"
         )
     names = [name for name in a.values if name in b.values]
+    common = [name for name in a.mean if name in b.mean]
+    if not common:
+        raise ValueError(
+            f"compare: a and b must have a metric in common, got {', '.join(a.mean)} and {', '.join(b.mean)}"
+        )
     if not names:
         raise ValueError(
-            "compare: a and b must have a metric in common that is a mean over users, got "
-            f"{', '.join(a.mean)} and {', '.join(b.mean)}"
+            f"compare: a and b must have a metric with a value for each user, got {', '.join(common)}, of all users "
+            "together"
         )
     return names
 

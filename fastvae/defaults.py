@@ -3,7 +3,8 @@
     epochs              200 up to 3,000 users, then falling with their root to 50; half of that without validation
     batch_size          at most 500, so small that 1,000 updates are planned, and so that all of an epoch are alike: the
                         update of a last batch of two users counts as much as another's (-.02 on MovieLens-100K)
-    total_anneal_steps  beta reaches its cap after a fifth of the planned updates
+    total_anneal_steps  beta reaches its cap after a fifth of the planned updates; from the start in a warm start, whose
+                        weights were there already
     patience            a tenth of the epochs
 
 Measured: docs/training.md, bench/quality_defaults.py. What is given wins, and the rest is chosen to fit it.
@@ -55,7 +56,8 @@ class Plan:
 
 
 def make_plan(
-    n_users: int, *, validated: bool, anneal_cap: float, preset: str = "auto", given: dict[str, int | None] | None = None,
+    n_users: int, *, validated: bool, anneal_cap: float, preset: str = "auto", warm: bool = False,
+    given: dict[str, int | None] | None = None,
 ) -> Plan:  # fmt: skip
     """Fill in what is not given.
 
@@ -65,6 +67,7 @@ def make_plan(
     n_users    to train on
     validated  whether there are users to validate on
     preset     "auto": by the size of the data; "paper": PAPER
+    warm       whether the training begins with the weights of an older run
     given      epochs, batch_size, total_anneal_steps and patience; None where they are to be chosen
     """
     values = {name: value for name, value in (given or {}).items() if value is not None}
@@ -85,9 +88,10 @@ def make_plan(
     batch_size = choose("batch_size", batch_size, why)
     updates = epochs * math.ceil(n_users / batch_size)
     steps = math.ceil(WARM_UP * updates / anneal_cap) if anneal_cap > 0 else 0
-    choose(
-        "total_anneal_steps", steps, f"beta reaches {anneal_cap:g} after {WARM_UP:.0%} of the {updates:,} updates"
-    )  # fmt: skip
+    why = f"beta reaches {anneal_cap:g} after {WARM_UP:.0%} of the {updates:,} updates"
+    if warm:
+        steps, why = 0, f"beta is {anneal_cap:g} from the start, as at the end of the older run"
+    choose("total_anneal_steps", steps, why)
     if validated:
         why = "epochs without a better validation NDCG@100 end the training"
         choose("patience", max(MIN_PATIENCE, epochs // 10), why)

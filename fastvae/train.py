@@ -97,7 +97,7 @@ def fit(
                 patience
     items       external item ids [n_items], distinct, to keep with the checkpoints; a resumed run has those of then
     warm_start  begin with the weights and moments of this checkpoint, or the best of this run folder, matched by items
-                (see warm_start.py); a resumed run has them already
+                (see warm_start.py), and with beta at its cap; a resumed run has them already
     progress    show a progress bar (extra cli)
     normalize   older words for per_click, see model.loss
     cuda_graph  None: on a GPU replay one captured graph per full batch, after three eager steps; False: eager steps;
@@ -123,8 +123,8 @@ def fit(
         "epochs": epochs, "batch_size": batch_size, "total_anneal_steps": total_anneal_steps, "patience": patience,
     }  # fmt: skip
     plan, settings = _settled(
-        train.n_users, validation, folder if resume else None, preset, given, anneal_cap, lr_schedule, lr=lr,
-        per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
+        train.n_users, validation, folder if resume else None, preset, given, anneal_cap, lr_schedule,
+        warm=warm_start is not None, lr=lr, per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
         weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
     )  # fmt: skip
     make_run, make_trainer, speaks = _makers(
@@ -208,7 +208,7 @@ def _folder(run_dir, resume: bool) -> Path | None:
 
 
 def _planned(
-    n_users: int, validation: Any, anneal_cap: float, preset: Any, given: dict[str, Any], resumed: Path | None
+    n_users: int, validation: Any, anneal_cap: float, preset: Any, given: dict[str, Any], resumed: Path | None, warm: bool,
 ) -> Plan:  # fmt: skip
     """The settings that depend on the size of the data: as given, else of the run to resume, else chosen."""
     preset = check_choice("fit", "preset", preset, PRESETS)
@@ -224,17 +224,17 @@ def _planned(
             high = None if name == "total_anneal_steps" else 2**31
             given[name] = check_integer("fit", name, value, int(name == "batch_size"), high)
     return make_plan(
-        n_users, validated=validation is not None, anneal_cap=anneal_cap, preset=preset, given=given
-    )
+        n_users, validated=validation is not None, anneal_cap=anneal_cap, preset=preset, warm=warm, given=given,
+    )  # fmt: skip
 
 
 def _settled(
     n_users: int, validation: Any, resumed: Path | None, preset: Any, given: dict[str, Any],
-    anneal_cap: Any, lr_schedule: Any, *, lr, per_click, precision, seed, weight_decay, clip_grad_norm,
+    anneal_cap: Any, lr_schedule: Any, *, warm: bool, lr, per_click, precision, seed, weight_decay, clip_grad_norm,
 ) -> tuple[Plan, Settings]:  # fmt: skip
     """What depends on the size of the data, and all settings, checked."""
     anneal_cap = check_number("fit", "anneal_cap", anneal_cap, 0)
-    plan = _planned(n_users, validation, anneal_cap, preset, given, resumed)
+    plan = _planned(n_users, validation, anneal_cap, preset, given, resumed, warm)
     lr_steps = _lr_steps(lr_schedule, validation, plan.updates(n_users), resumed)
     if clip_grad_norm is not None:
         clip_grad_norm = check_number("fit", "clip_grad_norm", clip_grad_norm, 0, above=True)

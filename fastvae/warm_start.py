@@ -64,12 +64,11 @@ class WarmStart:
         """
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"fit: warm_start must be the path of a checkpoint, got {type(path).__name__}"
+                f"fit: warm_start must be the path of a run folder or a checkpoint, got {type(path).__name__}"
             )
         if items is None:
             raise ValueError("fit: items must be given with warm_start, got None")
-        path = Path(path)
-        path = path / BEST if path.is_dir() else path
+        path = _checkpoint_at(Path(path))
         old, then = load_model(path)
         if then is None:
             raise ValueError(
@@ -162,6 +161,17 @@ def _item_axis(model: MultiVAE | MultiDAE, name: str) -> int | None:
     if name.startswith(last):
         return 0
     return 1 if name == "encode.q_layers.linear_0.weight" else None
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """The checkpoint, or a run folder's best one."""
+    checkpoint = path / BEST if path.is_dir() else path
+    if not checkpoint.exists():
+        got = f"a folder without {BEST}" if path.is_dir() else "nothing"
+        raise ValueError(
+            f"fit: warm_start must be a run folder or a checkpoint, got {got} at {path}"
+        )
+    return checkpoint
 
 
 def _check_same_model(path: Path, old: MultiVAE | MultiDAE, model: MultiVAE | MultiDAE) -> None:

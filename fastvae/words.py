@@ -28,7 +28,6 @@ _SOURCES = {
     ("evaluate", "path"): "per_user",
     ("compare", "folder"): "dataset",
     ("compare", "metrics"): "metric",
-    ("compare", "a and b"): "metric",
     ("compare", "n_samples"): "samples",
     ("recommend", "path"): "histories",
     ("recommend", "folder"): "histories",

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -319,7 +320,11 @@ REFUSED = [
     ),
     (
         "train data run --warm-start nothing",
-        "train: --warm-start must be a file, got nothing; fastvae train writes best.pt into its run folder",
+        "train: --warm-start must be a run folder or a checkpoint, got nothing at nothing",
+    ),
+    (
+        "train data run --warm-start data",
+        "train: --warm-start must be a run folder or a checkpoint, got a folder without best.pt at data",
     ),
     (
         "train data run --warm-start trained",
@@ -461,13 +466,33 @@ def test_names_with_brackets_are_written_and_shown_as_they_are(tmp_path, run, mo
     assert code == 0 and "users to top[b].csv\n" in out
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "prepare", "train", "evaluate", "compare", "recommend", "similar", "convert", "demo"],
-)
-def test_help(run, command):
+def parameters_of(command):
+    """What typer knows of a command, "" for all of them."""
+    import typer
+
+    from fastvae.cli import app
+
+    group = typer.main.get_command(app)
+    return list(group.commands) if not command else group.commands[command].params
+
+
+@pytest.mark.parametrize("command", ["", *parameters_of("")])
+def test_help_is_whole_in_a_terminal_of_80_columns(run, monkeypatch, command):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
     code, out, _ = run(*command.split(), "--help")
+    lines = out.splitlines()
     assert code == 0 and "Usage: fastvae" in out
+    assert {len(line) for line in lines if line.startswith("\N{BOX DRAWINGS LIGHT VERTICAL}")} == {
+        80
+    }
+    assert max(map(len, lines)) == 80 and "\N{HORIZONTAL ELLIPSIS}" not in out
+    words = set(re.findall(r"[\w-]+", out))
+    for parameter in parameters_of(command):
+        names = [parameter] if not command else [*parameter.opts, *parameter.secondary_opts]
+        assert set(names) <= words
+    # names and types leave a third of the line to the texts, as the lines show where one goes on
+    indents = [re.match(r"\W\s+(?=[^-\s])", line) for line in lines]
+    assert max(len(indent[0]) for indent in indents if indent) < 2 / 3 * 80
 
 
 def test_the_installed_command_runs():

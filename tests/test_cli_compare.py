@@ -101,8 +101,8 @@ REFUSED = [
     ("compare {vae} {dae} {data} --confidence 1", "compare: --confidence must lie in (0, 1), got 1.0"),
     ("compare {vae} {dae} {data} --samples 9", "compare: --samples must be at least 100, got 9"),
     (
-        "compare {vae} {dae} {data} --metric coverage@5",
-        "compare: --metric must have a metric in common that is a mean over users, got coverage@5 and coverage@5",
+        "compare {vae} {dae} {data} --metric ndcg@5 --metric coverage@5",
+        "compare: --metric must have a value for each user, got coverage@5, which is of all users together",
     ),
     (
         "evaluate {vae} {data} --per-user u.txt",

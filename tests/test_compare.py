@@ -91,6 +91,12 @@ def test_of_models_and_without_coverage():
     assert list(found) == ["ndcg@10", "hit@3"]
     assert found["hit@3"].a == a["hit@3"] and found["hit@3"].b == b["hit@3"]
     assert found["hit@3"].n_users == a.n_evaluated
+    only = evaluate(model, fold_in, held_out, ["coverage@10"])
+    with pytest.raises(ValueError) as raised:
+        compare(a, only)
+    assert str(raised.value) == (
+        "compare: a and b must have a metric with a value for each user, got coverage@10, of all users together"
+    )
 
 
 def test_what_cannot_be_compared():
@@ -98,7 +104,10 @@ def test_what_cannot_be_compared():
     cases = [
         (of_users([0.5, 0.25, 0.1]), "b must be of the 2 users of a, got 3 others"),
         (of_users([0.5, 0.25], users=[0, 2]), "b must be of the 2 users of a, got 2 others"),
-        (of_users([0.5, 0.25], "hit@1"), "a and b must have a metric in common that is a mean"),
+        (
+            of_users([0.5, 0.25], "hit@1"),
+            "a and b must have a metric in common, got ndcg@10 and hit@1",
+        ),
         (Evaluation({"ndcg@10": 0.4}, {}, 2, 0), "b must hold the values of users, got none"),
     ]
     for b, message in cases:

@@ -72,6 +72,18 @@ def test_every_choice_has_a_reason_and_what_is_given_has_none():
     ]
 
 
+def test_a_warm_start_begins_at_the_cap_unless_told_otherwise():
+    options = {"validated": True, "anneal_cap": 0.2, "warm": True}
+    warm, fresh = make_plan(750, **options), make_plan(750, **{**options, "warm": False})
+    assert warm.total_anneal_steps == 0 and fresh.total_anneal_steps == 1000
+    assert warm.reasons.pop("total_anneal_steps") == (
+        "beta is 0.2 from the start, as at the end of the older run"
+    )
+    assert warm.reasons.items() <= fresh.reasons.items() and warm.epochs == fresh.epochs
+    assert make_plan(750, **options, given={"total_anneal_steps": 7}).total_anneal_steps == 7
+    assert make_plan(750, **options, preset="paper").total_anneal_steps == 200_000
+
+
 def config_of(run):
     return json.loads((run / "config.json").read_text())
 

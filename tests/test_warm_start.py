@@ -171,6 +171,30 @@ def test_the_run_folder_says_where_it_began(folder, tmp_path):
     }
 
 
+def test_beta_is_at_its_cap_from_the_first_update_on(folder, tmp_path):
+    common = {"epochs": 1, "batch_size": 10, "items": LATER, "anneal_cap": 0.3}
+    fit(later_model(), later_clicks(), warm_start=folder, run_dir=tmp_path / "warm", **common)
+    fit(later_model(), later_clicks(), run_dir=tmp_path / "fresh", **common)
+    betas = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text())["beta"]
+        for name in ("warm", "fresh")
+    ]
+    steps = [
+        json.loads((tmp_path / name / "config.json").read_text())["total_anneal_steps"]
+        for name in ("warm", "fresh")
+    ]
+    assert betas[0] == 0.3 and steps[0] == 0 and steps[1] > 0
+    # and a resumed run keeps it
+    fit(
+        later_model(),
+        later_clicks(),
+        warm_start=folder,
+        run_dir=tmp_path / "warm",
+        resume=True,
+        **common,
+    )
+
+
 def test_without_a_last_checkpoint_moments_start_at_zero(folder, tmp_path):
     shutil.copy(folder / "best.pt", tmp_path / "alone.pt")
     net = later_model()
@@ -225,7 +249,7 @@ def refused(tmp_path, folder, what):
     if what == "no path":
         return (
             {**common, "warm_start": 3},
-            "fit: warm_start must be the path of a checkpoint, got int",
+            "fit: warm_start must be the path of a run folder or a checkpoint, got int",
         )
     if what == "no ids there":
         write_checkpoint(path, model())

@@ -24,7 +24,9 @@ def compare_command(
     users: Annotated[str, typer.Option(help="test or vad (validation).")] = "test",
     metric: Annotated[
         list[str],
-        typer.Option(help="As for evaluate, but coverage; may be given several times."),
+        typer.Option(
+            help="As for evaluate, without coverage, which no single user has; may be given several times."
+        ),
     ] = DEFAULT_METRICS,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     samples: Annotated[int, typer.Option(help="Bootstrap samples of the users.")] = 2000,
@@ -35,6 +37,11 @@ def compare_command(
 ) -> None:
     """Compare two runs on the same users: bootstrap intervals, and a paired t-test of the difference."""
     check_users("compare", users)
+    for name in metric:
+        if name.startswith("coverage@"):
+            raise ValueError(
+                f"compare: metric must have a value for each user, got {name}, which is of all users together"
+            )
     data = Dataset.load(dataset)
     results: list[Evaluation] = []
     for path in (run, other):

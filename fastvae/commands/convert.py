@@ -33,7 +33,11 @@ def convert(
     normalize_input: Annotated[
         bool | None,
         typer.Option(
-            help="Whether the code divides rows by their L2 norm.", show_default="the code's"
+            help="Whether the code divides rows by their L2 norm.",
+            show_default="the code's",
+            metavar="",
+            # two long names: of all options' texts they would leave a column of three words
+            rich_help_panel="The input",
         ),
     ] = None,
 ) -> None:

@@ -27,7 +27,8 @@ def evaluate_command(
         list[str],
         typer.Option(
             help="Such as ndcg@100: ndcg, recall, precision, map, mrr, hit, novelty or coverage; may be given "
-            "several times."
+            "several times.",
+            metavar="<str>",
         ),
     ] = DEFAULT_METRICS,
     baselines: Annotated[
