@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import gpu, kernels, machine, peers, profile, pytest_results, ratio, recbole, report
+from bench import (
+    gpu,
+    imports,
+    kernels,
+    machine,
+    peers,
+    profile,
+    pytest_results,
+    ratio,
+    recbole,
+    report,
+)
 from bench.provider import NotTimed
 from bench.steps import PROVIDERS, Shape, check, new_model
 
@@ -99,6 +110,24 @@ def test_providers_take_turns_and_the_round_before_the_first_is_not_counted(monk
     times = ratio.take_turns(cases, 3, "cpu")
     assert times == {"a": [1000.0] * 3, "b": [1000.0] * 3}
     assert calls == [(name, batch) for batch in "yxyx" for name in "ab"]
+
+
+def test_an_import_is_compared_with_the_one_before_it_in_the_same_round():
+    # the second round ran beside something else
+    rounds = [
+        {"python": (9.0, 8.0), "torch": (90.0, 80.0), "torch and scipy.sparse": (95.0, 84.0), "fastvae": (99.0, 87.0)},
+        {"python": (9.0, 8.0), "torch": (990.0, 180.0), "torch and scipy.sparse": (995.0, 184.0), "fastvae": (99.0, 187.0)},
+        {"python": (9.0, 8.0), "torch": (91.0, 81.0), "torch and scipy.sparse": (95.0, 85.0), "fastvae": (99.0, 88.0)},
+    ]  # fmt: skip
+    rows = imports.summarize(rounds)
+    assert rows["python"] == {"ms": 9.0, "cpu_ms": 8.0, "more_cpu_ms": 8.0}
+    assert rows["torch"] == {"ms": 91.0, "cpu_ms": 81.0, "more_cpu_ms": 73.0}
+    assert rows["fastvae"] == {"ms": 99.0, "cpu_ms": 88.0, "more_cpu_ms": 3.0}
+
+
+def test_a_child_is_timed_by_the_wall_and_by_its_cores():
+    wall, cpu = imports.milliseconds("import time; time.sleep(0.2)")
+    assert wall > 200 and wall > cpu > 0
 
 
 def test_peers_are_compared_with_our_runs_beside_them():

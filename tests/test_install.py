@@ -1,6 +1,7 @@
 """What an installation needs: no triton, no GPU and no C compiler for the CPU path, and no deprecated API."""
 
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -35,13 +36,28 @@ def test_has_triton_says_whether_it_is_there():
         assert fastvae.has_triton() is True
 
 
-def test_importing_needs_neither_triton_nor_the_extras():
-    # torch may bring some of them
-    before, now = (on_a_cpu("imports.py", *names) for names in (("torch",), ("torch", "fastvae")))
-    new = set(now.stdout.split()) - set(before.stdout.split())
-    assert "fastvae.train" in new, now.stderr
-    extras = {"triton", "polars", "pandas", "typer", "rich", "matplotlib", "optuna"}
-    assert new & extras == set()
+# what `import fastvae` leaves for those who ask for it, and whose time it costs them alone
+LATER = {
+    f"fastvae.{name}"
+    for name in (
+        "cli", "commands", "compare", "console", "demo", "export", "frames", "kernels", "lenskit", "movielens", "options",
+        "parallel", "parallel_trainer", "recbole", "recommend_frame", "reference", "similar", "synthetic", "tensorboard",
+        "trials", "tune", "user_values", "words",
+    )
+}  # fmt: skip
+
+
+def test_importing_brings_torch_and_scipy_sparse_and_of_our_own_what_a_training_takes():
+    """The time of the import is measured by python -m bench imports."""
+    children = (
+        on_a_cpu("imports.py", *names) for names in (("torch", "scipy.sparse"), ("fastvae",))
+    )
+    known, now = (set(child.stdout.split()) for child in children)
+    ours = {name for name in now if name.partition(".")[0] == "fastvae"}
+    assert "fastvae.train" in ours
+    assert now - known - ours == set()
+    assert ours & LATER == set()
+    assert all(importlib.util.find_spec(name) for name in LATER)
 
 
 def test_the_cpu_path_needs_no_c_compiler_and_no_writable_home(tmp_path):
