@@ -59,7 +59,6 @@ CAUSES = {
     "export.py": "Writing recommendations",
     "events.py": "Events of a click log",
     "frames.py": "DataFrames",
-    "recommend_frame.py": "Recommendations for a DataFrame",
     "event_times.py": "Times of events",
     "event_ids.py": "Columns of a file without a header",
     "event_table.py": "Files of click logs",

@@ -6,6 +6,7 @@ the other, write_recommendations writes them as they come. ranking.py says which
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_ids, check_integer
 from .clicks import Clicks
+from .data import map_items
+from .frames import events_from_frame, kind_of
 from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
 from .rules import rules_of
 
@@ -73,7 +76,7 @@ class Recommendations:
 
 def recommend(
     model: nn.Module,
-    histories: Clicks | Sequence[Iterable[Any]],
+    histories: Any,
     k: int = 10,
     *,
     items: Iterable[Any] | None = None,
@@ -83,7 +86,7 @@ def recommend(
     exclude: Iterable[Any] | None = None,
     popularity_penalty: float = 0.0,
     popularity: Any = None,
-) -> Recommendations:
+) -> Recommendations | Any:
     """The k items of highest score for each history, without the items in it.
 
         items[u]     = argtop_k over i in allowed, not in exclude nor in history u, of scores[u, i]
@@ -103,7 +106,8 @@ def recommend(
 
     model       a MultiVAE, a MultiDAE, or a module with n_items that maps Clicks to logits; called in eval mode
     histories   Clicks [n_users, n_items] (clicks.rows(ids) for some users; any matrix that Clicks takes), or a
-                list of lists of external ids, which needs items. A user may come twice; a history may be empty
+                list of lists of external ids, which needs items. A user may come twice; a history may be empty.
+                Or a pandas or polars DataFrame of clicks, which needs items: see recommend_to_frame
     k           int >= 1; the result has k columns also where the model has fewer items
     items       external ids, str or int, position = item index. Ids are compared as text, so 10 finds "10"
     keep_seen   rank the history's own items too; by default they are never recommended
@@ -115,13 +119,18 @@ def recommend(
     exclude     items that are never recommended, ids or positions likewise
     popularity_penalty  tau >= 0 in the formula above: less of what is popular; 0, the default, changes nothing
     popularity  for it: the training clicks, whose users per item are counted, or such counts [n_items]
-    returns     Recommendations, on the CPU
+    returns     Recommendations, on the CPU; for a DataFrame one of the same library: user, rank, item and score
 
     Ids that items does not have are ignored and warned about, those of histories counted in n_unknown. Where fewer
     than k items are left, the list is shorter. Scores are compared in fp32. Raises: ValueError for sizes that do not
     fit, a k below 1, positions out of range, or scores that are not finite; TypeError for other kinds of argument.
     Source: Liang et al. 2018, section 2.4; the penalty: Menon et al. 2021 (arXiv:2007.07314), post-hoc adjustment.
     """
+    if kind_of(histories) is not None:
+        return recommended_frame(
+            model, histories, k, items, keep_seen=keep_seen, block_size=block_size, allowed=allowed, exclude=exclude,
+            popularity_penalty=popularity_penalty, popularity=popularity,
+        )  # fmt: skip
     scorer, k, vocabulary, unknown = _checked(
         model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
         popularity_penalty=popularity_penalty, popularity=popularity,
@@ -135,6 +144,42 @@ def recommend(
         vocabulary,
         int(unknown.sum()),
     )
+
+
+def recommended_frame(
+    model: nn.Module,
+    frame: Any,
+    k: int,
+    items: Iterable[Any] | None,
+    user: str | None = None,
+    item: str | None = None,
+    **options: Any,
+) -> Any:
+    """recommend_to_frame for a caller that is itself called by the user: warnings stand where that call does."""
+    if items is None:
+        raise ValueError(
+            "recommend: items must be the external item ids where histories are a DataFrame, got None"
+        )
+    log = events_from_frame(frame, user, item)
+    vocabulary = check_ids("recommend", "items", items)
+    known, n_unknown = map_items(log.x, log.items, vocabulary)
+    if n_unknown:
+        warnings.warn(
+            f"recommend: {n_unknown:,} of {log.x.nnz:,} clicks in frame are on items that the model does not know; "
+            "they are ignored",
+            stacklevel=3,
+        )
+    found = recommend(model, known, k, items=vocabulary, **options)
+    row, place = (index.numpy() for index in torch.nonzero(found.items >= 0, as_tuple=True))
+    names = np.array([*map(str, vocabulary), ""], dtype=object)
+    columns = {
+        "user": log.users[row].tolist(),
+        "rank": place + 1,
+        "item": names[found.items[row, place].numpy()].tolist(),
+        "score": found.scores[row, place].numpy(),
+    }
+    # the library is there: a frame of it was given
+    return importlib.import_module(kind_of(frame) or "").DataFrame(columns)
 
 
 def recommend_blocks(

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from ._checks import check_ids
-from .data import map_items
-from .frames import events_from_frame, kind_of
-from .recommend import recommend
+from .recommend import recommended_frame
 
 
 def recommend_to_frame(
@@ -44,25 +37,6 @@ def recommend_to_frame(
     returns    columns user, rank (from 1), item, score: a row for each recommended item; users in the order of their ids,
                which are text here as everywhere
 
-    Raises: as recommend and read_events.
+    recommend does the same where the columns have names that are recognised. Raises: as recommend and read_events.
     """
-    log = events_from_frame(frame, user, item)
-    vocabulary = check_ids("recommend", "items", items)
-    known, n_unknown = map_items(log.x, log.items, vocabulary)
-    if n_unknown:
-        warnings.warn(
-            f"recommend: {n_unknown:,} of {log.x.nnz:,} clicks in frame are on items that the model does not know; "
-            "they are ignored",
-            stacklevel=2,
-        )
-    found = recommend(model, known, k, items=vocabulary, **options)
-    row, place = (index.numpy() for index in torch.nonzero(found.items >= 0, as_tuple=True))
-    names = np.array([*map(str, vocabulary), ""], dtype=object)
-    columns = {
-        "user": log.users[row].tolist(),
-        "rank": place + 1,
-        "item": names[found.items[row, place].numpy()].tolist(),
-        "score": found.scores[row, place].numpy(),
-    }
-    # the library is there: a frame of it was given
-    return importlib.import_module(kind_of(frame) or "").DataFrame(columns)
+    return recommended_frame(model, frame, k, items, user, item, **options)

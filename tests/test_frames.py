@@ -9,7 +9,7 @@ import pytest
 from data_helpers import assert_accounted, assert_same, pairs_of
 from helpers import Fixed, run_child
 
-from fastvae import Dataset
+from fastvae import Dataset, recommend
 from fastvae.data import split_dataset
 from fastvae.events import read_events
 from fastvae.frames import events_from_frame
@@ -187,6 +187,32 @@ def test_recommendations_are_a_frame_of_the_same_library(kind):
             Fixed(1.0, 2.0, 3.0), named, items=[10, 20, 30], user="a", item="b", exclude=[30]
         )
     assert others["item"].to_list() == ["20", "10", "20", "10"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recommend_takes_and_gives_frames(kind):
+    frame = frames({"user": [8, 7, 7, 9], "item": [20, 10, 30, 99]})[kind]
+    model, items = Fixed(1.0, 2.0, 3.0), [10, 20, 30]
+    rules = {
+        "allowed": [20, 30], "exclude": [30], "keep_seen": True, "popularity_penalty": 1, "popularity": [1, 5, 1],
+        "block_size": 2,
+    }  # fmt: skip
+    for options in (
+        {},
+        *({name: rules[name]} for name in ("allowed", "exclude", "keep_seen")),
+        rules,
+    ):
+        with pytest.warns(UserWarning, match="clicks in frame are on items") as caught:
+            found = recommend(model, frame, 2, items=items, **options)
+        assert caught[0].filename == __file__
+        with pytest.warns(UserWarning):
+            expected = recommend_to_frame(model, frame, 2, items=items, **options)
+        assert type(found) is type(expected) and found.equals(expected)
+    with pytest.raises(ValueError) as raised:
+        recommend(model, frame)
+    assert str(raised.value) == (
+        "recommend: items must be the external item ids where histories are a DataFrame, got None"
+    )
 
 
 def test_no_library_of_frames_is_imported_before_a_frame_is_there():

@@ -40,7 +40,7 @@ def test_has_triton_says_whether_it_is_there():
 LATER = {
     f"fastvae.{name}"
     for name in (
-        "cli", "commands", "compare", "console", "demo", "export", "frames", "kernels", "lenskit", "movielens", "options",
+        "cli", "commands", "compare", "console", "demo", "export", "kernels", "lenskit", "movielens", "options",
         "parallel", "parallel_trainer", "recbole", "recommend_frame", "reference", "similar", "synthetic", "tensorboard",
         "trials", "tune", "user_values", "words",
     )
