@@ -33,11 +33,13 @@ def coefficient(scale, value, TANH_INPUT: tl.constexpr):
 
 @triton.jit
 def dropout_keep(seed_ptr, u, n, drop_below):
-    if hasattr(seed_ptr, "dtype"):  # as a tuple has not
-        seed = tl.load(seed_ptr)
-    else:
+    if hasattr(
+        seed_ptr, "__len__"
+    ):  # a tuple; triton 3.6 fails where one is asked for what it has not
         seed = tl.load(seed_ptr[0])
         n += tl.load(seed_ptr[1] + u)
+    else:
+        seed = tl.load(seed_ptr)
     low = (n & 0xFFFFFFFF).to(tl.uint32)
     high = (n >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)

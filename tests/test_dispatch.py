@@ -5,6 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastvae import Clicks, MultiVAE, linear_multinomial_nll, multinomial_nll, sparse_linear
+from fastvae.ops._dispatch import Op
 
 X = Clicks([0, 2, 3], [0, 2, 1], n_items=4)
 LOGITS = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -19,6 +20,27 @@ def of_values(values):
     x = COUNTS.rows([0, 1])
     x.values = values
     return sparse_linear(x, WEIGHT.t())
+
+
+def halves(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    both = torch.stack((t, 2 * t))
+    return both[0], both[1], t + 1
+
+
+def test_results_of_one_buffer_are_apart_where_torch_registers_the_op():
+    def fake(t):
+        return t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(t.shape)
+
+    op = Op("test_halves", halves, halves, fake)
+    t = torch.arange(3.0)
+    with torch.no_grad():
+        plain = op(t)
+    registered = op.registered(t)
+    assert len({r.untyped_storage().data_ptr() for r in plain}) == 2
+    assert len({r.untyped_storage().data_ptr() for r in registered}) == 3
+    for a, b in zip(plain, registered, strict=True):
+        assert torch.equal(a, b)
+    torch.library.opcheck(op.registered, (t,))
 
 
 OPS = {

@@ -179,7 +179,8 @@ def test_opcheck():
         torch.randn(2, 8, device="cuda", requires_grad=True),
     )
     torch.library.opcheck(
-        _SPARSE_LINEAR.registered, (*csr, weight, None, None, seed, 0.5, True, True, False)
+        _SPARSE_LINEAR.registered,
+        (*csr, weight, *(None,) * 2, seed, *(None,) * 2, 0.5, True, True, False),
     )
     torch.library.opcheck(
         _MULTINOMIAL_NLL.registered, (torch.randn(2, 12, device="cuda", requires_grad=True), *csr)

@@ -136,8 +136,10 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @FUSED
 def test_equals_the_reference(lengths, n_items, n_hidden, dtype, fused):
-    # with a few users the rounding of bf16 logits is luck, for the kernels and for torch alike
-    lengths = lengths * 8 if dtype == torch.bfloat16 else lengths
+    # with a few users the rounding of bf16 logits is luck, for the kernels and for torch alike: over 30 seeds a gradient
+    # of 8 rows with all items errs .3 to 1.9 times as much as torch's, of 128 .6 to 1.1 times
+    repeats = 8 if DEVICE == "cpu" else 128
+    lengths = lengths * repeats if dtype == torch.bfloat16 else lengths
     layer = random_layer(len(lengths), n_items, n_hidden, dtype)
     dnll = torch.randn(len(lengths), device=DEVICE)
     check(layer, random_clicks(lengths, n_items), dnll, fused=fused)

@@ -62,8 +62,10 @@ def test_vectors_do_not_depend_on_blocks_or_on_who_else_is_asked_for(monkeypatch
     model = MultiVAE([8, 64, N_ITEMS]).to(DEVICE)
     together = user_vectors(model, X)
     monkeypatch.setattr("fastvae.similar.BLOCK_BYTES", 1)  # MIN_ROWS users at once
-    assert torch.equal(user_vectors(model, X), together)
-    if DEVICE == "cpu":
+    apart = user_vectors(model, X)
+    torch.testing.assert_close(apart, together)
+    if DEVICE == "cpu":  # a GPU's libraries choose another kernel for fewer rows
+        assert torch.equal(apart, together)
         assert torch.equal(user_vectors(model, X.rows([39]))[0], together[39])
     assert user_vectors(model, X.rows([])).shape == (0, 65)
 

@@ -7,6 +7,7 @@ registration. torch.compile, fake tensors, dispatch modes and functorch's transf
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -93,6 +94,23 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, whose results may be parts of one buffer, with results that share no memory: torch's rule for ops."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if not isinstance(results, tuple):
+            return results
+        owners: dict[int, Tensor] = {}
+        return tuple(
+            t if owners.setdefault(t.untyped_storage().data_ptr(), t) is t else t.clone()
+            for t in results
+        )
+
+    return call
+
+
 class Op:
     """fastvae::name with a function for each device, and a gradient where setup_context and backward are given.
 
@@ -113,9 +131,9 @@ class Op:
         n_differentiable: int = 1,
     ):
         self.registered = torch.library.custom_op(
-            f"fastvae::{name}", cpu, mutates_args=(), device_types="cpu"
+            f"fastvae::{name}", _apart(cpu), mutates_args=(), device_types="cpu"
         )
-        self.registered.register_kernel("cuda", cuda)
+        self.registered.register_kernel("cuda", _apart(cuda))
         self.registered.register_fake(fake)
         self.cpu, self.cuda, self.fake = cpu, cuda, fake
         self.n_differentiable = n_differentiable
