@@ -2,6 +2,7 @@
 
     python -m bench quality ml100k | ml10m | gowalla | scale | seconds [--into FILE]     all but scale need FASTVAE_DATA
     python -m bench quality defaults    hours; stopped, it goes on where it was. See quality_defaults.py
+    python -m bench quality baselines   a quarter of an hour, likewise: popularity, item-kNN, EASE. See quality_baselines.py
 
 seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before.
 Each writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as
@@ -27,6 +28,7 @@ import torch
 
 from bench.machine import RESULTS, add, describe, write
 from bench.memory import peak_mib
+from bench.quality_baselines import baselines
 from bench.quality_defaults import defaults
 from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, recommend, reference
 from fastvae.synthetic import synthetic_clicks
@@ -218,16 +220,18 @@ STUDIES = {
     "seconds": seconds,
     "toy": toy,
 }
+# that write their file as they go
+LONG_STUDIES = {"defaults": defaults, "baselines": baselines}
 
 
 def main(arguments: list[str]) -> None:
     """Run one study and write its JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
-    parser.add_argument("study", choices=[*STUDIES, "defaults"])
+    parser.add_argument("study", choices=[*STUDIES, *LONG_STUDIES])
     parser.add_argument("--into", type=Path, help="the file to write")
     options = parser.parse_args(arguments)
-    if options.study == "defaults":
-        defaults(load, options.into or RESULTS / "quality_defaults.json")
+    if options.study in LONG_STUDIES:
+        LONG_STUDIES[options.study](load, options.into or RESULTS / f"quality_{options.study}.json")
         return
     result = STUDIES[options.study]()
     if options.into:

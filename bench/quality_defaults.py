@@ -132,7 +132,8 @@ def name_of(case: str, split: int, point: Point | None) -> str:
 
 def defaults(load: Callable[[str], sp.csr_array], path: Path) -> None:
     """Make the runs that the file does not hold yet."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    rows = before["rows"]
     for case, split, point in planned_runs():
         name = name_of(case, split, point)
         if name in rows:
@@ -143,6 +144,7 @@ def defaults(load: Callable[[str], sp.csr_array], path: Path) -> None:
         shown = {k: rows[name][k] for k in ("best_epoch", "epochs_run", "test", "cpu_seconds")}
         print(name, shown, flush=True)
         result = {
+            **before,
             "study": "defaults",
             "machine": machine | {"shared": True},
             "cases": {name: asdict(case) for name, case in CASES.items()},

@@ -22,12 +22,16 @@ from bench import (
     peers,
     profile,
     pytest_results,
+    quality_baselines,
     ratio,
     recbole,
     report,
 )
 from bench.provider import NotTimed
 from bench.steps import PROVIDERS, Shape, check, new_model
+from fastvae import Dataset, evaluate
+from fastvae.baselines import EASE, Popularity
+from fastvae.synthetic import synthetic_clicks
 
 SHAPE = Shape(50, 8.0, batch_size=20)
 
@@ -363,3 +367,31 @@ def test_epochs_in_recboles_trainer_are_compared_in_the_pairs_that_ran_side_by_s
     assert compared["times_faster"] == {"recbole": 1.0, "fastvae": 2.0}  # of 2, 1 and 12
     summary = recbole._summary([{"seed": 0, "ndcg@20": 0.1}, {"seed": 1, "ndcg@20": 0.3}])
     assert summary == {"ndcg@20": {"mean": 0.2, "std": 0.1414}}
+
+
+def test_the_study_of_baselines_checks_with_numbers_of_its_own():
+    data = Dataset.from_matrix(synthetic_clicks(200, 150, 4000), 40, 0)
+    weight = quality_baselines.ease_fp64(quality_baselines.rows_of(data.train), 20.0)
+    torch.testing.assert_close(
+        EASE(data.train, 20.0).weight, torch.from_numpy(weight).float(), rtol=1e-4, atol=1e-6
+    )
+    fold_in, held_out = (quality_baselines.rows_of(part).toarray() for part in data.test)
+    # many equal scores
+    popularity = Popularity(data.train)
+    found = quality_baselines.ndcg_fp64(
+        popularity(data.test[0]).double().numpy(), fold_in, held_out
+    )
+    assert found == pytest.approx(evaluate(popularity, *data.test)["ndcg@100"])
+
+    row = quality_baselines.measure(data, 0, epochs=1)
+    assert row["check"]["EASE in fp64"] == pytest.approx(row["EASE"]["test"], rel=1e-3)
+    assert row["check"]["clicks in both parts and users in train too"] == 0
+    best = max(row["EASE"]["validation"].values())
+    assert row["EASE"]["validation"][row["EASE"]["reg"]] == best
+    assert set(quality_baselines.MODELS) < set(row) and json.dumps(row)
+    leaking = SimpleNamespace(
+        train=data.train, users_train=[0, 1], users_test=[1, 2], n_items=data.n_items,
+        test=(data.test[1], data.test[1]),
+    )  # fmt: skip
+    n_both = quality_baselines.checked(leaking, 20.0)["clicks in both parts and users in train too"]
+    assert n_both == data.test[1].nnz + 1
