@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from fastvae.kernels import (
     adam,
+    bias_gradient,
     exp_gemm,
     linear_multinomial_nll,
     multinomial_nll,
@@ -213,6 +214,21 @@ def sample_latent_cases(chip: str) -> Iterator[Case]:
             yield Case(sample_latent._sample_latent_bwd_kernel, detail, tile, arguments, wide=wide)
 
 
+def bias_gradient_cases(chip: str) -> Iterator[Case]:
+    """Cases of kernels/bias_gradient.py."""
+    block_u, block_d = bias_gradient.BLOCK_U, bias_gradient.BLOCK_D
+    tile = FixedTile(block_d, 0, bias_gradient.NUM_WARPS)
+    shape = {"N_COLUMNS": N_HIDDEN, "USERS": bias_gradient.USERS, "BLOCK_U": block_u, "BLOCK_D": block_d}  # fmt: skip
+    kernel = bias_gradient._bias_gradient_kernel
+    for dtype in ("bf16", "fp32"):
+        # a warp of gfx942 has 64 threads for the same block
+        wide = chip != "gfx942" or dtype == "fp32"
+        pointers = {f"{name}_ptr": f"*{dtype}" for name in ("dy", "y", "dpre")}
+        yield Case(kernel, dtype, tile, pointers | shape, wide=wide)
+    plain = {"dy_ptr": "*bf16", "y_ptr": None, "dpre_ptr": None}
+    yield Case(kernel, "bf16, no tanh", tile, plain | shape, wide=chip != "gfx942")
+
+
 def adam_cases(chip: str) -> Iterator[Case]:
     """Cases of kernels/adam.py."""
     names = ("weight_ptrs", "grad_ptrs", "exp_avg_ptrs", "exp_avg_sq_ptrs", "step_ptrs")
@@ -230,6 +246,7 @@ def adam_cases(chip: str) -> Iterator[Case]:
 CASES = (
     sparse_linear_cases,
     sample_latent_cases,
+    bias_gradient_cases,
     multinomial_nll_cases,
     linear_multinomial_nll_cases,
     nll_steps_cases,

@@ -14,7 +14,7 @@ import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_choice, check_flag, check_number
 from ._draws import own_generator
+from ._last_layer import has_last_layer
 from ._shadows import captured
 from .adam import Adam
 from .clicks import Clicks, dtype_name
+from .cuda_graph import Beside, Graph, address_of, capturable, check_capturable, wants_graph
 from .models import MultiDAE, MultiVAE
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -125,8 +127,8 @@ class GraphedStep:
         self.beta = torch.zeros((), dtype=torch.float32, device=device)
         self.wants_graph = wants_graph(where, cuda_graph, device)
         if self.wants_graph:
-            _check_capturable(where, optimizer)
-        self._graph: _Graph | None = None
+            check_capturable(where, optimizer)
+        self._graph: Graph | None = None
         self._seen: Counter[int] = Counter()  # eager steps of each size since something changed
         self._frozen: Hashable = None
         self._matrix: Any = None  # keeps the arrays alive whose addresses are in _frozen
@@ -177,7 +179,8 @@ class GraphedStep:
             terms = self._totals(nll.detach(), kld.detach())
             if not nll.is_cuda:
                 self._check(terms, len(clicks))
-            self._differentiate(nll, kld, weights, len(clicks))
+            with self._last_weight_beside(weights):
+                self._differentiate(nll, kld, weights, len(clicks))
             if not isinstance(self.optimizer, Adam):
                 lay_out_gradients(weights)
             if self.max_norm is not None:
@@ -200,6 +203,43 @@ class GraphedStep:
         self, nll: Tensor, kld: Tensor, weights: list[nn.Parameter], n_users: int
     ) -> None:
         backward_of_mean(nll, kld, self.beta, weights)
+
+    @contextlib.contextmanager
+    def _last_weight_beside(self, weights: list[nn.Parameter]) -> Iterator[None]:
+        """Around the backward: the last weight's update runs beside what is left of it.
+
+        The update moves a half of all weights through memory; what is left is a chain of small launches, which leaves
+        nearly all of the chip and of its memory's bandwidth idle. The eager steps before a capture do it too, as they
+        compile its kernels; where all steps are eager it would only cost the host a launch.
+        """
+        last = self.model.decode.output.weight
+        if not self._splits_update(last, weights):
+            yield
+            return
+        update = Beside(self.device)
+
+        def step(gradient: Tensor) -> None:
+            assert isinstance(self.optimizer, Adam)
+            with update:
+                last.grad = gradient
+                self.optimizer.step_of(last)
+
+        hook = last.register_hook(step)
+        try:
+            yield
+        finally:
+            hook.remove()
+            update.join()
+            last.grad = None
+
+    def _splits_update(self, last: Tensor, weights: list[nn.Parameter]) -> bool:
+        return (
+            self.wants_graph
+            and isinstance(self.optimizer, Adam)
+            and self.max_norm is None  # the norm of all gradients comes first
+            and any(last is p for p in weights)
+            and has_last_layer(self.model)
+        )
 
     def _check(self, terms: Tensor, n_users: int) -> None:
         loss = (terms[0] + self.beta * terms[1]).item() / n_users
@@ -226,8 +266,8 @@ class GraphedStep:
 
     def _capture(self, clicks: Clicks) -> None:
         try:
-            with _capturable(self.optimizer), captured():
-                self._graph = _Graph(self._compute, clicks)
+            with capturable(self.optimizer), captured():
+                self._graph = Graph(self._compute, clicks)
         except RuntimeError as error:
             self._give_up(str(error).splitlines()[0])
 
@@ -245,11 +285,11 @@ class GraphedStep:
         state = self.optimizer.state.values()
         stacks = (self.model.encode.q_layers, self.model.decode.p_layers)
         return (
-            tuple(_address(array) for array in arrays),
+            tuple(address_of(array) for array in arrays),
             tuple((p.data_ptr(), p.requires_grad) for p in self._weights),
-            tuple(_address(value) for parts in state for value in parts.values()),
+            tuple(address_of(value) for parts in state for value in parts.values()),
             tuple(
-                (name, _address(value))
+                (name, address_of(value))
                 for group in self.optimizer.param_groups
                 for name, value in group.items()
                 if name != "params"
@@ -258,82 +298,6 @@ class GraphedStep:
             tuple(tuple(stack.dropout) for stack in stacks),
             torch.are_deterministic_algorithms_enabled(),
         )
-
-
-class _Graph:
-    """step(clicks) as a CUDA graph; only the row ids change between replays."""
-
-    def __init__(self, step: Callable[[Clicks], Tensor], clicks: Clicks):
-        device = clicks.device
-        # row ids in memory of its own
-        self.clicks = clicks.rows(torch.arange(len(clicks), device=device))
-        self._run = capture(lambda: self._keep(step(self.clicks)), device)
-
-    def _keep(self, terms: Tensor) -> None:
-        self.terms = terms
-
-    def replay(self, clicks: Clicks) -> Tensor:
-        """Run the step on another batch of the same matrix and size."""
-        ids = clicks.row_ids
-        if ids is None:
-            ids = torch.arange(len(clicks), device=clicks.device)
-        self.clicks.row_ids.copy_(ids)  # type: ignore[union-attr]
-        self._run()
-        return self.terms
-
-
-def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The launches of run() as one CUDA graph, and what replays them; run itself has no effect yet."""
-    graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.current_stream(device)
-    try:
-        # a stream of this device: torch's own choice stays on the GPU of the process's first capture
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-            run()
-    finally:
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
-    return graph.replay
-
-
-def can_capture(device: torch.device) -> bool:
-    """Whether there are CUDA graphs."""
-    return device.type == "cuda"
-
-
-def wants_graph(where: str, cuda_graph: bool | None, device: torch.device) -> bool:
-    """Whether to replay graphs on a device. Raises: ValueError where they are demanded and there are none."""
-    wanted = cuda_graph is None or check_flag(where, "cuda_graph", cuda_graph)
-    if cuda_graph and not can_capture(device):
-        raise ValueError(
-            f"{where}: cuda_graph must be None or False where the model is not on a GPU, got True"
-        )
-    return wanted and can_capture(device)
-
-
-def _address(value: Any) -> Hashable:
-    return value.data_ptr() if isinstance(value, Tensor) else value
-
-
-def _check_capturable(where: str, optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        if "capturable" in group and not (group["capturable"] or group.get("fused")):
-            raise ValueError(
-                f"{where}: optimizer must be made with fused=True or capturable=True for a CUDA graph, got neither; "
-                "or pass cuda_graph=False"
-            )
-
-
-@contextlib.contextmanager
-def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """For a capture only: eager steps with capturable=True would warn, and a checkpoint would keep it."""
-    groups = [g for g in optimizer.param_groups if g.get("fused") and not g.get("capturable", True)]
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group in groups:
-            group["capturable"] = False
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:

@@ -85,6 +85,12 @@ def _step_on_meta(model, sizes: list[int], precision: str, counts: bool, lr: flo
             beta = torch.empty((), dtype=torch.float32, device=META)
             backward_of_mean(nll, kld, beta, weights)
             optimizer.step()
+            # and as before a CUDA graph: the last weight apart
+            last = twin.decode.output.weight
+            if last.grad is not None:
+                optimizer.step_of(last)
+                last.grad = None
+                optimizer.step()
     twin.eval()
     # validation
     with torch.no_grad(), traced(None):

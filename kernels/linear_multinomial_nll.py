@@ -165,7 +165,7 @@ def empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> T
 
 def exp_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor | None,
-    fused: bool | None = None, tile: tiles.GemmTile | None = None,
+    fused: bool | None = None, tile: tiles.GemmTile | tiles.RowTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """nll and v of some users, and D in d. Arguments are already checked by fastvae.ops.
 
@@ -175,7 +175,7 @@ def exp_rows(
     csr      the clicks of these users, see kernels/csr.py
     d        [n_users, stored_width] of stored_dtype, to be written; without it nothing of its size is made
     fused    exponentials in our GEMM's epilogue, or the vendor's GEMM and a pass over its result; by the table if None
-    tile     launch configuration of our GEMM, from the table by default
+    tile     launch configuration of our GEMM, or of the pass; from the table by default
     returns  nll [n_users] fp32 (nats), v [n_users] fp32
     """
     check_rows(csr)
@@ -190,20 +190,21 @@ def exp_rows(
         fused = d is None or tiles.of(hidden.device).fuses(kind, d.shape[1])
     with tiles.device_guard(hidden):
         if fused or d is None:
-            exp_gemm(hidden, weight, bias, csr, n_items, d, results, kind, tile)
+            exp_gemm(hidden, weight, bias, csr, n_items, d, results, kind, tile)  # type: ignore[arg-type]
         else:
-            _product_rows(hidden, weight, bias, csr, n_items, d, results)
+            _product_rows(hidden, weight, bias, csr, n_items, d, results, tile)  # type: ignore[arg-type]
     return nll, v
 
 
 def _product_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor, results: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor, results: Tensor,
+    tile: tiles.RowTile | None,
 ) -> None:  # fmt: skip
     for piece in pieces(n_items, weight.shape[0]):
         mm(hidden, weight[piece].t(), out=d[:, piece])
     if weight.shape[0] < d.shape[1]:
         d[:, n_items:].zero_()
-    tile = tiles.of(hidden.device).exp_row
+    tile = tile or tiles.of(hidden.device).exp_row
     indptr, indices, values, rows = csr
     launch(
         _exp_row_kernel, (hidden.shape[0],),

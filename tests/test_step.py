@@ -127,6 +127,18 @@ def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
     assert seen == [(precision == "bf16", "highest")]
 
 
+class Aside(contextlib.nullcontext):
+    """Stands in for a stream beside the captured one; counts what is sent there."""
+
+    used = joined = 0
+
+    def __enter__(self):
+        Aside.used += 1
+
+    def join(self):
+        Aside.joined += 1
+
+
 class Graphs:
     """What stands in for CUDA graphs on a CPU: a capture runs nothing, a replay takes the step as it was recorded."""
 
@@ -141,8 +153,9 @@ class Graphs:
             return compute(step, clicks)
 
         monkeypatch.setattr(GraphedStep, "_compute", counted)
-        monkeypatch.setattr("fastvae.step.can_capture", lambda device: True)
-        monkeypatch.setattr("fastvae.step.capture", self.capture)
+        monkeypatch.setattr("fastvae.cuda_graph.can_capture", lambda device: True)
+        monkeypatch.setattr("fastvae.cuda_graph.capture", self.capture)
+        monkeypatch.setattr("fastvae.step.Beside", Aside)
 
     def capture(self, run, device):
         self.events.append("capture")
@@ -203,6 +216,27 @@ def test_graphs_come_by_themselves_and_equal_eager_steps(
     assert_equal_weights(weights(eager), weights(net))
 
 
+@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [({}, True), ({"weight_decay": 0.1}, True), ({"clip_grad_norm": 1.0}, False)],
+    ids=["plain", "weight-decay", "clipped"],
+)
+def test_the_last_weights_update_beside_the_backward_changes_nothing(
+    graphs, monkeypatch, make, options, beside
+):
+    train, net = random_clicks([5] * 95, N_ITEMS), model(make=make)
+    options |= {"epochs": 2, "batch_size": 10, "total_anneal_steps": 10}
+    eager = eager_twin(net, train, **options)
+    graphs.events.clear()
+    monkeypatch.setattr(Aside, "used", 0)
+    monkeypatch.setattr(Aside, "joined", 0)
+    fit(net, train, **options)
+    steps = len(graphs.events) - graphs.events.count("capture")
+    assert Aside.used == Aside.joined == (steps if beside else 0) and steps == 20
+    assert_equal_weights(weights(eager), weights(net))
+
+
 def test_a_run_with_graphs_is_resumed_bit_for_bit(graphs, tmp_path):
     train, validation = learnable()
     options = {"batch_size": 15, "lr": 1e-2, "total_anneal_steps": 50}
@@ -229,7 +263,7 @@ def test_a_capture_that_fails_warns_once_and_leaves_no_gradient(graphs, monkeypa
             p.grad = torch.full_like(p, math.nan)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr("fastvae.step.capture", fail)
+    monkeypatch.setattr("fastvae.cuda_graph.capture", fail)
     with pytest.warns(
         UserWarning, match=r"eager steps go on \(operation .* capturing\)$"
     ) as warned:
@@ -271,8 +305,8 @@ def test_without_memory_for_an_eager_step_the_error_is_torchs(monkeypatch):
 @pytest.mark.parametrize("cuda_graph", [None, False])
 def test_without_a_gpu_or_by_wish_there_is_no_graph(monkeypatch, cuda_graph):
     if cuda_graph is False:
-        monkeypatch.setattr("fastvae.step.can_capture", lambda device: True)
-    monkeypatch.setattr("fastvae.step.capture", None)
+        monkeypatch.setattr("fastvae.cuda_graph.can_capture", lambda device: True)
+    monkeypatch.setattr("fastvae.cuda_graph.capture", None)
     fit(model(), random_clicks([5] * 50, N_ITEMS), epochs=1, batch_size=5, cuda_graph=cuda_graph)
 
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from .._shadows import shadow_of
+from ._bias_gradient import pre_activation
 from ._dispatch import autocast_dtype, is_watched, uses_kernels
 
 HALF = (torch.bfloat16, torch.float16)
@@ -78,12 +79,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         h, weight, y = ctx.saved_tensors
         need_h, need_weight, need_bias, *_ = ctx.needs_input_grad
-        dpre = dy if y is None else torch.ops.aten.tanh_backward.default(dy, y)
-        dh = dweight = dbias = None
+        dpre, dbias = pre_activation(dy, y, dy.dtype, need_bias)
+        dh = dweight = None
         if need_h:
             dh = torch.mm(dpre, weight).to(ctx.dtype)
         if need_weight:
             dweight = torch.mm(dpre.t(), h, out_dtype=torch.float32)
-        if need_bias:
-            dbias = dpre.sum(0, dtype=torch.float32)
         return dh, dweight, dbias, None, None

@@ -16,6 +16,7 @@ from .._checks import check_clicks
 from .._shadows import shadow_of
 from ..clicks import Clicks, dtype_name
 from . import _buffers
+from ._bias_gradient import pre_activation
 from ._checks import (
     check_devices,
     check_dtypes,
@@ -329,19 +330,16 @@ def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 14
     _, _, need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    # the kernels take any dtype, and widen what they read
-    total = y.dtype if uses_kernels(y) else sum_dtype(y.dtype)
-    dpre = dy.to(total)
-    dpre = (torch.ops.aten.tanh_backward.default(dpre, y.to(total)) if tanh else dpre).contiguous()
-    dweight = dbias = dvalues = None
+    dpre, dbias = pre_activation(dy, y if tanh else None, y.dtype, need_bias)
+    dweight = dvalues = None
     if need_weight:
         n_items = weight.shape[1]
         dweight = _DWEIGHT(
             dpre, scale, indptr, indices, values, rows, seed, shift, n_items, dropout, tanh_input
         )
         dweight = dweight.t().to(weight.dtype)
-    if need_bias:
-        dbias = dpre.sum(0, dtype=sum_dtype(y.dtype)).to(weight.dtype)
+    if dbias is not None:
+        dbias = dbias.to(weight.dtype)
     if need_values:
         dvalues = _DVALUES(
             dpre, scale, weight, indptr, indices, values, rows, seed, shift,
