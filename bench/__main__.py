@@ -10,6 +10,7 @@ COMMANDS = {
     "report": "write the tables of README.md and docs/measured.md from bench/results",
     "profile": "where a training step spends its time: on a GPU by kernel, on a CPU by operator",
     "memory": "peak memory of training steps by number of items",
+    "scale": "steps, bytes and memory of 1, 2 and 4 processes on a CPU, by users and by items",
     "imports": "what `import fastvae` costs beside `import torch`",
     "quality": "NDCG@100 on real data beside the dense reference, and memory; needs FASTVAE_DATA",
     "peers": "epochs of other packages' Mult-VAE, each in an environment of its own; needs FASTVAE_DATA",

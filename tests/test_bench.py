@@ -395,3 +395,14 @@ def test_the_study_of_baselines_checks_with_numbers_of_its_own():
     )  # fmt: skip
     n_both = quality_baselines.checked(leaking, 20.0)["clicks in both parts and users in train too"]
     assert n_both == data.test[1].nnz + 1
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_are_measured_and_send_what_the_formula_says():
+    rows = scale.rehearse()
+    assert rows.keys() == {"users", "items"}
+    for row in rows.values():
+        assert row["sent"] == row["formula"] > 0
+        assert row["ms"] > 0 and row["cpu_ms"] > 0
+    # the first of both, in fresh processes
+    assert rows["users"]["peak_mib"] == max(rows["users"]["peak_mib_by_phase"].values()) > 0
