@@ -1,4 +1,4 @@
-"""Render the tables of README.md, docs/measured.md and docs/training.md, and two plots, from the committed JSON files.
+"""Render the tables of README.md and of pages in docs/, and two plots, from the committed JSON files.
 
 python -m bench report            writes the pages, bench/results/step_time.png and memory.png
 """
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench import traffic
 from bench.machine import RESULTS
 from bench.quality_defaults import GRID, name_of
 from bench.steps import SHAPES
@@ -18,7 +19,10 @@ from bench.steps import SHAPES
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("measured", "frameworks", "new-data", "training")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("measured", "frameworks", "new-data", "training", "distributed")
+    ),
 )
 
 PLOTTED = ("netflix", "ml20m", "msd", "50k")
@@ -285,6 +289,7 @@ TABLES = {
     "imports": imports_line,
     "warm_start": warm_start_table,
     "defaults": defaults_table,
+    "traffic": traffic.table,
 }
 
 

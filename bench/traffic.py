@@ -67,9 +67,10 @@ def table() -> str:
     links = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in LINKS.items())
     lines += [
         "",
-        "Computed from the formulas of bench/traffic.py, not measured: fp32, 600 hidden and 200 latent units. Milliseconds are those of a ring "
-        f"over {links} a process, without its latency (four collectives a step by items, one for some 25 MB of gradients by users), and "
-        "with nothing going on beside it. Held: weights, gradients, moments and one [users, items] buffer of each process.",
+        "Computed from the formulas of bench/traffic.py, not measured: fp32, 600 hidden and 200 latent units. Milliseconds are those",
+        f"of a ring over {links} a process, without its latency (four collectives a step by items,",
+        "one for some 25 MB of gradients by users), and with nothing going on beside it. Held: weights, gradients, moments and one",
+        "[users, items] buffer of each process.",
     ]
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from bench import (
     imports,
     kernels,
     machine,
+    one_process,
     peers,
     profile,
     pytest_results,
@@ -26,10 +27,12 @@ from bench import (
     ratio,
     recbole,
     report,
+    scale,
+    traffic,
 )
 from bench.provider import NotTimed
 from bench.steps import PROVIDERS, Shape, check, new_model
-from fastvae import Dataset, evaluate
+from fastvae import Dataset, MultiVAE, evaluate
 from fastvae.baselines import EASE, Popularity
 from fastvae.synthetic import synthetic_clicks
 
@@ -406,3 +409,51 @@ def test_two_processes_are_measured_and_send_what_the_formula_says():
         assert row["ms"] > 0 and row["cpu_ms"] > 0
     # the first of both, in fresh processes
     assert rows["users"]["peak_mib"] == max(rows["users"]["peak_mib_by_phase"].values()) > 0
+
+
+def test_the_formulas_of_several_processes_count_the_model_and_its_gradients():
+    sizes = traffic.Model(n_items=50, batch_size=20, hidden=8, latent=4)
+    weights = sum(p.numel() for p in MultiVAE([4, 8, 50]).parameters())
+    assert sizes.item_numbers() + sizes.small_numbers() == weights
+    assert sizes.sent("users") == 4 * weights + 16
+    assert sizes.sent("items") == 8 * 20 * 8 + 12 * 20
+    # weights, gradients, two moments; the buffer
+    assert sizes.held("users", 1) == sizes.held("items", 1) == 16 * weights + 4 * 20 * 50
+    assert sizes.held("users", 4) == 16 * weights + 20 * 50
+    assert sizes.held("items", 2) == 8 * (weights + sizes.small_numbers()) + 2 * 20 * 50
+    # three of four quarters, once to be summed and once as sums
+    assert traffic.ring_ms(4_000_000, 4, 1e9) == pytest.approx(6.0)
+
+
+def test_memory_of_several_processes_is_compared_by_what_an_item_adds():
+    rows = {}
+    for case in (
+        scale.Case(cut, size, n_items)
+        for cut, size in ((None, 1), ("items", 4))
+        for n_items in (10, 2**20 + 10)
+    ):
+        added = 8 if case.cut is None else 2
+        peak = 100 + added * (case.n_items - 10) / 2**20
+        rows[case.name()] = {"cut": case.cut, "processes": case.processes, "n_items": case.n_items, "peak_mib": peak, "hidden": 64}  # fmt: skip
+    assert scale.compared(rows) == {
+        "items/4/10/64": {"peak_of_one": 1.0},
+        f"items/4/{2**20 + 10}/64": {
+            "peak_of_one": 0.944,
+            "bytes_per_item": 2,
+            "bytes_per_item_of_one": 0.25,
+            "one_over_processes": 0.25,
+        },
+    }
+
+
+def test_one_process_is_compared_in_turns_with_groups_of_one(monkeypatch):
+    asked = []
+
+    def seconds(clicks, batch_size, grouped, parallel):
+        asked.append((grouped, parallel))
+        return 2.0 if parallel == "items" else 1.0
+
+    monkeypatch.setattr(one_process, "_fit", seconds)
+    found = one_process.measure("toy", rounds=2)
+    assert found["ratio"] == {"alone": 1, "alone-again": 1, "group": 1, "users": 1, "items": 2}
+    assert sorted(map(str, asked[:5])) == sorted(map(str, asked[5:10])) != asked[:5] != asked[5:10]
