@@ -19,8 +19,10 @@ KINDS = (
 # what a caller sees of a reason that another message wraps: "..., got {reason}"
 REASONS = {
     "checkpoint.py": "checkpoint: {path} must be ..., got ... ({reason})",
+    "_checkpoint_parts.py": "checkpoint: {path} must be whole with its folder, got another ({reason}); copy both together",
     "convert.py": "checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})",
     "dataset_folder.py": "dataset: {file} must be a file of a dataset folder, got ...",
+    "parallel_trainer.py": "fit: {path} must hold the state of this run, got another file ({reason})",
     "train.py": "fit: {path} must hold the state of this run, got another file ({reason})",
     "event_table.py": "events: file must be a well-formed table, got {file}: ...",
 }
@@ -46,6 +48,7 @@ CAUSES = {
     "progress.py": "The progress bar",
     "tensorboard.py": "TensorBoard",
     "checkpoint.py": "Checkpoints",
+    "_checkpoint_parts.py": "Checkpoints in parts",
     "convert.py": "Weights of other code",
     "evaluate.py": "Evaluation",
     "metrics.py": "Metrics",

@@ -2,7 +2,8 @@
 
     {"meta": JSON text (format, model, config, items), "model": state_dict, ...what a resume needs}
 
-A plain state_dict is read too, of ours or of other Mult-VAE code: see convert.py.
+Item-sized tensors that several processes hold in ranges may lie in a folder beside it: see _checkpoint_parts.py. A plain
+state_dict is read too, of ours or of other Mult-VAE code: see convert.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checkpoint_parts
 from ._checks import check_choice, check_flag, check_ids
 from ._files import replacing
 from ._layers import ACTIVATIONS
 from .convert import converted, is_npz, line_to_save, read_npz
 from .models import MultiDAE, MultiVAE
 
-FORMAT = 1
+FORMAT, FORMAT_IN_PARTS = 1, 2
 # what torch.load with weights_only says of code that a pickle would run
 _CODE = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 _MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
@@ -37,38 +39,55 @@ def write_checkpoint(
     model: MultiVAE | MultiDAE,
     items: Sequence[str] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    parts: Mapping[str, Any] | None = None,
     **state: Any,
 ) -> None:
     """Write a model (with these weights where given), the external ids of its items, and any further tensors and numbers; all or nothing.
 
+    parts  what the checkpoint says of a folder beside it that holds the other tensors, see _checkpoint_parts.py
+
     Raises: OSError (a full disk, say) with the file's name; whatever stood at path is still there then.
     """
+    path = Path(path)
     meta = {
-        "format": FORMAT,
+        "format": FORMAT if parts is None else FORMAT_IN_PARTS,
         "model": type(model).__name__,
         "config": model.config(),
         "items": None
         if items is None
         else [str(item) for item in check_ids("checkpoint", "items", items)],
     }
+    if parts is not None:
+        meta["parts"] = parts
     weights = model.state_dict() if weights is None else weights
-    parts = {"meta": json.dumps(meta), "model": weights, **state}
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    content = {"meta": json.dumps(meta), "model": weights, **state}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(parts, file)
+            torch.save(content, file)
         except RuntimeError as error:
             # torch's writer says "unexpected pos" where the disk said that it is full
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+    _checkpoint_parts.remove_folders(path, None if parts is None else parts["folder"])
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], items: slice | None = None) -> dict[str, Any]:
     """The parts of a checkpoint on the CPU, with "meta" as a dictionary; {"model": ...} alone for plain weights.
+
+    items  of tensors that lie in a folder beside it read these items only; others are given whole
 
     Raises: ValueError for a file that is no checkpoint, is damaged, would run code, or has another format.
     """
     path = Path(path)
+    parts = _content(path)
+    if "meta" in parts and parts["meta"]["format"] == FORMAT_IN_PARTS:
+        _take_in(path, parts, items)
+    return parts
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """As read_checkpoint, but for the tensors in a folder beside it."""
     if not path.is_file():
         raise ValueError(
             f"checkpoint: path must be a file, got {path}; fastvae train writes best.pt into its run folder"
@@ -94,11 +113,39 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = meta["format"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"checkpoint: {path} must say its format, got a file without") from None
-    if version != FORMAT:
+    if version not in (FORMAT, FORMAT_IN_PARTS):
         raise ValueError(
-            f"checkpoint: {path} must have format {FORMAT}, got {version}; use the fastvae version that wrote it"
+            f"checkpoint: {path} must have format {FORMAT} or {FORMAT_IN_PARTS}, got {version}; "
+            "use the fastvae version that wrote it"
         )
     return parts | {"meta": meta}
+
+
+def folder_named_in(path: Path) -> str | None:
+    """Name of the folder beside a checkpoint that belongs to it; None where it has none, or is not there."""
+    if not path.exists():
+        return None
+    parts = _content(path).get("meta", {}).get("parts")
+    return parts.get("folder") if isinstance(parts, dict) else None
+
+
+def _take_in(path: Path, parts: dict[str, Any], items: slice | None) -> None:
+    """Put the tensors of the folder beside a checkpoint where they belong in it."""
+    try:
+        tensors = _checkpoint_parts.read_parts(path, parts["meta"]["parts"], items, _read)
+        for name, t in tensors.items():
+            *keys, last = name.split("/")
+            place: Any = parts
+            for key in keys:
+                place = place[int(key) if key.isdecimal() else key]
+            place[last] = t
+    # whatever a foreign folder provokes
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"checkpoint: {path} must be whole with its folder, got another ({reason}); "
+            "copy both together"
+        ) from error
 
 
 def _read(path: Path) -> Any:

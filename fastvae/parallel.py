@@ -271,6 +271,11 @@ class ItemPart:
         """A copy of the range's part of t, which has the items in this dimension."""
         return t.narrow(axis, self.first, self.last - self.first).clone()
 
+    def n_bytes(self, t: Tensor, axis: int = 0) -> int:
+        """Bytes of t with the items of all processes."""
+        others = [size for n, size in enumerate(t.shape) if n != axis]
+        return t.itemsize * math.prod(others) * self.n_items
+
     def whole(self, t: Tensor, axis: int = 0) -> Tensor:
         """t with the items of all processes; collective."""
         rows = self.processes.joined(t.t() if axis else t, self.n_items)

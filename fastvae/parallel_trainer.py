@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write_checkpoint
+from . import _checkpoint_parts
+from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .evaluate import evaluate
 from .models import MultiDAE, MultiVAE
@@ -112,6 +114,10 @@ class ParallelTrainer(Trainer):
             self._join()
             raise end.error from None
 
+    def _take_up(self, state: dict[str, Any]) -> None:
+        assert isinstance(self.run, SharedRunFolder)
+        super()._take_up(self.run.own(state))
+
     def finish(self) -> None:
         """Give the model, whole again, the best epoch's weights, and draw the curve."""
         super().finish()
@@ -164,11 +170,15 @@ class ParallelTrainer(Trainer):
 
 
 class SharedRunFolder(RunFolder):
-    """A run folder that process 0 writes and all read; its files are those of one process."""
+    """A run folder that process 0 writes and all read.
 
-    def __init__(self, processes: Processes, *args: Any):
+    Its files are those of one process. A checkpoint with more than n_bytes of weights and moments that are cut by items is not
+    gathered in process 0: all write their own, see _checkpoint_parts.py.
+    """
+
+    def __init__(self, processes: Processes, n_bytes: int, *args: Any):
         super().__init__(*args)
-        self.processes = processes
+        self.processes, self.n_bytes = processes, n_bytes
         self.part: ItemPart | None = None  # once the model is cut
         self.names: list[str] = []  # of the weights that are trained, in the optimiser's order
 
@@ -181,30 +191,66 @@ class SharedRunFolder(RunFolder):
                     held.enter_context(super().claimed(resume))
             yield
 
-    def write_best(self) -> None:
-        """The weights as they are, as those of the best epoch."""
-        weights = self._whole(self.model.state_dict())
-        self._write(write_checkpoint, self.best, self.model, self.items, weights)
-
-    def write_last(self, **state: Any) -> None:
-        """The weights as they are, and the state that a resume needs besides."""
-        weights = self._whole(self.model.state_dict())
-        state["optimizer"] = self._of_moments(state["optimizer"], self._whole_rows)
-        self._write(write_checkpoint, self.last, self.model, self.items, weights, **state)
-
     def read_best(self) -> dict[str, Any]:
         """This process' part of the weights of the best epoch."""
         with self.processes.together():
-            weights = super().read_best()
-        return self._own(weights)
+            state = self._read_checkpoint(self.best)
+        return self.own(state)["model"]
 
     def read_last(self) -> dict[str, Any]:
-        """What write_last wrote, this process' part of it."""
+        """What write_last wrote; own() is this process' part of it."""
         with self.processes.together():
-            state = super().read_last()
-        own_rows = self.part.own if self.part else lambda t: t
-        optimizer = self._of_moments(state["optimizer"], own_rows)
-        return state | {"model": self._own(state["model"]), "optimizer": optimizer}
+            return super().read_last()
+
+    def own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """This process' part of what a checkpoint holds."""
+        if self.part is None:
+            return state
+        if state["meta"]["config"] != self.model.config():
+            raise ValueError("another model")
+        state = _copied(state)
+        # those of a folder of parts have been read alone
+        if "parts" not in state["meta"]:
+            for _, place, key, axis in self._cut(state):
+                place[key] = self.part.own(place[key], axis)
+        return state
+
+    def _read_checkpoint(self, path: Path) -> dict[str, Any]:
+        part = self.part
+        return read_checkpoint(path, None if part is None else slice(part.first, part.last))
+
+    def _write_checkpoint(self, path: Path, **state: Any) -> None:
+        state = _copied({"model": self.model.state_dict()} | state)
+        cut, part = list(self._cut(state)), self.part
+        if (
+            part is None
+            or sum(part.n_bytes(p[key], axis) for _, p, key, axis in cut) <= self.n_bytes
+        ):
+            for _, place, key, axis in cut:
+                assert part is not None
+                whole = part.whole(place.pop(key), axis)
+                if self.processes.rank == 0:
+                    place[key] = whole
+            self._write_whole(path, state, None)
+            return
+        tensors = {name: (place.pop(key), axis) for name, place, key, axis in cut}
+        with _checkpoint_parts.written(self.processes, path, tensors, part.n_items) as parts:
+            self._write_whole(path, state, parts)
+
+    def _write_whole(self, path: Path, state: dict[str, Any], parts: Any) -> None:
+        weights = state.pop("model")
+        self._write(write_checkpoint, path, self.model, self.items, weights, parts, **state)
+
+    def _cut(self, state: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Tensor], Any, int]]:
+        """Of each tensor that the processes hold in ranges: name, where it is, and the dimension of the items."""
+        axes = self.part.axes if self.part else {}
+        for key in [key for key in state["model"] if key in axes]:
+            yield f"model/{key}", state["model"], key, axes[key]
+        for n, moments in state.get("optimizer", {"state": {}})["state"].items():
+            # a moment has the items in front in a file; the number of steps has none
+            names = [name for name, t in moments.items() if t.ndim and self.names[n] in axes]
+            for name in names:
+                yield f"optimizer/state/{n}/{name}", moments, name, 0
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add an epoch's line."""
@@ -225,40 +271,14 @@ class SharedRunFolder(RunFolder):
             if self.processes.rank == 0:
                 write(*args, **state)
 
-    def _whole(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All items' weights, in process 0; collective."""
-        part = self.part
-        if part is None:
-            return weights
-        first = self.processes.rank == 0
-        found = {}
-        for key, t in weights.items():
-            whole = part.whole(t, part.axes[key]) if key in part.axes else t
-            if first:
-                found[key] = whole
-        return found
 
-    def _own(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        part = self.part
-        if part is None:
-            return weights
-        axes = part.axes
-        return {key: part.own(t, axes[key]) if key in axes else t for key, t in weights.items()}
-
-    def _whole_rows(self, t: Tensor) -> Tensor:
-        if self.part is None:
-            return t
-        whole = self.part.whole(t)
-        return whole if self.processes.rank == 0 else t
-
-    def _of_moments(self, optimizer: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict:
-        """The optimiser's state in a file's form, whose moments have the items in front, with those changed."""
-        axes = self.part.axes if self.part else {}
-        state = {}
-        for n, parts in optimizer["state"].items():
-            is_cut = self.names[n] in axes
-            state[n] = {k: change(t) if is_cut and t.ndim else t for k, t in parts.items()}
-        return optimizer | {"state": state}
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with dictionaries of its own, and the same tensors."""
+    found = state | {"model": dict(state["model"])}
+    if "optimizer" in state:
+        moments = {n: dict(parts) for n, parts in state["optimizer"]["state"].items()}
+        found["optimizer"] = state["optimizer"] | {"state": moments}
+    return found
 
 
 class Several:
@@ -267,8 +287,16 @@ class Several:
     Raises: ValueError where there is no process group, the model cannot be cut, or CUDA graphs are asked for.
     """
 
-    def __init__(self, model: MultiVAE | MultiDAE, parallel: str, group: Any, cuda_graph: Any):
+    def __init__(
+        self,
+        model: MultiVAE | MultiDAE,
+        parallel: str,
+        group: Any,
+        cuda_graph: Any,
+        checkpoint_bytes: int,
+    ):
         self.processes = Processes("fit", parallel, group)
+        self.checkpoint_bytes = checkpoint_bytes
         if cuda_graph:
             raise ValueError(
                 "fit: cuda_graph must be None or False where parallel is given, got True"
@@ -282,7 +310,7 @@ class Several:
 
     def run_folder(self, *args: Any) -> SharedRunFolder:
         """As RunFolder."""
-        return SharedRunFolder(self.processes, *args)
+        return SharedRunFolder(self.processes, self.checkpoint_bytes, *args)
 
     def trainer(self, *args: Any) -> ParallelTrainer:
         """As Trainer."""

@@ -4,6 +4,8 @@
     best.pt        best validation NDCG@100          last.pt        where to resume
     curve.png      loss and NDCG@100 by epoch
 
+and beside a checkpoint in parts its folder, see _checkpoint_parts.py.
+
 Tensors and JSON only. One training at a time holds the folder; a killed one leaves nothing that the next cannot use.
 """
 
@@ -18,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._checkpoint_parts import folders_of, remove_folders
 from ._checks import shown
 from ._files import locked, naming, remove_leftovers, write_text
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import folder_named_in, read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .models import MultiDAE, MultiVAE
 
@@ -92,6 +95,7 @@ class RunFolder:
             )
         self._remove_leftovers()
         names = {path.name for path in self.path.iterdir()}
+        names -= {folder.name for folder in folders_of(self.best)}
         if names and not (names <= _BEFORE_A_CHECKPOINT and self._is_ours()):
             foreign = sorted(names - _BEFORE_A_CHECKPOINT or names)[:3]
             raise ValueError(
@@ -107,6 +111,9 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         remove_leftovers(self.path, _BEFORE_A_CHECKPOINT | {LAST})
+        for path in (self.best, self.last):
+            if folders_of(path):
+                remove_folders(path, folder_named_in(path))
 
     def _check_resume(self) -> None:
         """ValueError unless the folder holds a run of the same settings."""
@@ -145,21 +152,29 @@ class RunFolder:
 
     def write_best(self) -> None:
         """The weights as they are, as those of the best epoch."""
-        write_checkpoint(self.best, self.model, self.items)
+        self._write_checkpoint(self.best)
 
     def read_best(self) -> dict[str, Any]:
         """Weights of the best epoch. Raises: ValueError where there is no such checkpoint."""
-        return read_checkpoint(self.best)["model"]
+        return self._read_checkpoint(self.best)["model"]
 
     def write_last(self, **state: Any) -> None:
         """The weights as they are, and the state that a resume needs besides."""
-        write_checkpoint(self.last, self.model, self.items, **state)
+        self._write_checkpoint(self.last, **state)
 
     def read_last(self) -> dict[str, Any]:
         """What write_last wrote; its items are compared with those given."""
-        state = read_checkpoint(self.last)
+        state = self._read_checkpoint(self.last)
         self.take_items(state.get("meta", {}).get("items"))
         return state
+
+    # what is done otherwise where several processes hold the weights
+
+    def _write_checkpoint(self, path: Path, **state: Any) -> None:
+        write_checkpoint(path, self.model, self.items, **state)
+
+    def _read_checkpoint(self, path: Path) -> dict[str, Any]:
+        return read_checkpoint(path)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add an epoch's line."""

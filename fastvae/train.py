@@ -68,6 +68,7 @@ def fit(
     on_epoch: OnEpoch | None = None,
     parallel: str | None = None,
     group: Any = None,
+    checkpoint_bytes: int = 8 * 10**9,
     normalize: str | None = None,
 ) -> FitResult:
     """Train a model in place; afterwards it holds the weights of the best validation epoch.
@@ -109,6 +110,8 @@ def fit(
                 call fit with the same arguments; process 0 alone writes, shows and calls back. The numbers are those of
                 one process, to rounding. None: one process. See docs/distributed.md
     group       of torch.distributed, where parallel is given; None: the default one
+    checkpoint_bytes  by items, a checkpoint with more bytes of what is cut is not gathered into one file: each process
+                writes its part of a folder beside it, by torch.distributed.checkpoint
 
     Raises: ValueError and TypeError for arguments that do not fit, RuntimeError where the loss is not finite; the last
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
@@ -128,15 +131,14 @@ def fit(
         weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
     )  # fmt: skip
     make_run, make_trainer, speaks = _makers(
-        model, parallel, group, cuda_graph, warm_start, clip_grad_norm
+        model, parallel, group, cuda_graph, warm_start, clip_grad_norm, checkpoint_bytes
     )
     train, run = train.to(device), None
     if folder is not None:
         run = make_run(folder, model, settings.config(), train, validation, items, plan.limits())
     if validation is not None:
         validation = _evaluable(validation, device)
-    # a resumed run has its weights and moments
-    start = None if warm_start is None or resume else _warm_start(warm_start, model, items, run)
+    start = _warm_start(None if resume else warm_start, model, items, run)
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = make_trainer(model, train, validation, settings, run, cuda_graph)
         held, shown = held_interrupt(terminated=parallel is not None), progress and speaks
@@ -147,7 +149,10 @@ def fit(
     return trainer.result
 
 
-def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart:
+def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart | None:
+    """What a new run begins with; one that is resumed has its weights and moments."""
+    if path is None:
+        return None
     start = WarmStart.read(path, model, items)
     if run is not None:
         run.config["warm_start"] = start.summary()
@@ -183,9 +188,10 @@ def _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch
 
 
 def _makers(
-    model, parallel, group, cuda_graph, warm_start, clip_grad_norm
+    model, parallel, group, cuda_graph, warm_start, clip_grad_norm, checkpoint_bytes
 ) -> tuple[Any, Any, bool]:
     """What makes the run folder and the trainer, and whether this process shows a progress bar."""
+    checkpoint_bytes = check_integer("fit", "checkpoint_bytes", checkpoint_bytes, high=None)
     if parallel is None:
         return RunFolder, Trainer, True
     if parallel == "items" and warm_start is not None:
@@ -197,7 +203,7 @@ def _makers(
         )
     from .parallel_trainer import Several
 
-    several = Several(model, parallel, group, cuda_graph)
+    several = Several(model, parallel, group, cuda_graph, checkpoint_bytes)
     return several.run_folder, several.trainer, several.speaks()
 
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
+import shutil
 
 import torch
 import torch.distributed as dist
 from helpers import Fixed, random_clicks
-from training import N_ITEMS, learnable, model, weights
+from training import IDS, N_ITEMS, learnable, model, weights
 
 from fastvae import MultiDAE, MultiVAE, evaluate, fit
 from fastvae.parallel import ItemPart, Processes
@@ -25,15 +26,18 @@ def noisy(kind):
     return MODELS[kind]([8, 16, N_ITEMS], dropout_enc=[0.5, 0.3], dropout_dec=[0.0, 0.3])
 
 
-def trained(kind, run_dir, resume_dir=None, **shared):
+# of checkpoints in one file and in parts: which number of processes goes on with what which other has written
+GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 1}}
+IN_PARTS = {"checkpoint_bytes": 0, "items": IDS}
+
+
+def trained(kind, run_dir, epochs=FIT["epochs"], resume=False, options=FIT, **shared):
     """History, weights and metrics after 20 updates; evaluation with the values of each user."""
     train, validation = learnable()
     net = noisy(kind)
     called = []
-    options = FIT | {"run_dir": run_dir, "on_epoch": called.append, "per_click": kind == "dae"}
-    if resume_dir is not None:
-        options |= {"run_dir": resume_dir, "resume": True, "epochs": 7}
-    found = fit(net, train, validation, **options, **shared)
+    options = options | {"epochs": epochs, "on_epoch": called.append, "per_click": kind == "dae"}
+    found = fit(net, train, validation, run_dir=run_dir, resume=resume, **options, **shared)
     result = evaluate(net, *validation, ["ndcg@100", "recall@5", "coverage@3"], **shared)
     return {
         "history": found.history,
@@ -43,6 +47,16 @@ def trained(kind, run_dir, resume_dir=None, **shared):
         "values": result.values,
         "called": len(called),
     }
+
+
+def gone_on(folder, form, size, group):
+    """As trained(), of a copy of a run that another number of processes has begun."""
+    run, copy = f"vae-{form}-{GOES_ON[form][size]}", f"vae-{form}-on-{size}"
+    if dist.get_rank(group) == 0:
+        shutil.copytree(f"{folder}/{run}", f"{folder}/{copy}")
+    options = FIT | (IN_PARTS if form == "parts" else {})
+    shared = {"parallel": "items", "group": group}
+    return trained("vae", f"{folder}/{copy}", 7, True, options, **shared)
 
 
 def few_items(**shared):
@@ -163,10 +177,19 @@ def process(rank, port, folder):
             for kind in MODELS:
                 run_dir = f"{folder}/{kind}-{cut}-{size}"
                 found[kind, cut, size] = trained(kind, run_dir, **shared)
+            if cut == "items":
+                run_dir = f"{folder}/vae-parts-{size}"
+                found["vae", "parts", size] = trained(
+                    "vae", run_dir, options=FIT | IN_PARTS, **shared
+                )
             found["few", cut, size] = few_items(**shared)
             found["tied", cut, size] = tied_items(**shared)
             with counting():
                 found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
+        dist.barrier()
+        for size, form in itertools.product(SIZES, GOES_ON):
+            if rank < size:
+                found["on", form, size] = gone_on(folder, form, size, groups[size])
         found["messages"] = messages(groups[4], rank)
         found["ties"] = ties(groups[4])
         torch.save(found, f"{folder}/{rank}.pt")

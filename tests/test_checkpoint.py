@@ -207,8 +207,12 @@ FOREIGN = {
         "must say its format, got a file without",
     ),
     "other-version": (
+        {"meta": meta(format=3), "model": model().state_dict()},
+        "must have format 1 or 2, got 3; use the fastvae version that wrote it",
+    ),
+    "no-parts": (
         {"meta": meta(format=2), "model": model().state_dict()},
-        "must have format 1, got 2; use the fastvae version that wrote it",
+        "must be whole with its folder, got another ('parts'); copy both together",
     ),
     "other-class": (
         {"meta": meta(model="os.system"), "model": model().state_dict()},

@@ -1,7 +1,10 @@
 """fit and evaluate by one to four gloo processes, by users and by items: the numbers of one process, whatever is cut."""
 
+import argparse
 import itertools
+import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,12 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import CUTS, MODELS, SIZES, few_items, process, step_of, tied_items, trained
-from training import learnable, model
+from parallel_cases import (
+    CUTS,
+    FIT,
+    GOES_ON,
+    MODELS,
+    SIZES,
+    few_items,
+    process,
+    step_of,
+    tied_items,
+    trained,
+)
+from training import IDS, N_ITEMS, learnable, model
 
 import fastvae
 from fastvae import Clicks, MultiVAE, evaluate, fit
-from fastvae.checkpoint import load_model
+from fastvae.checkpoint import load_model, read_checkpoint
 from fastvae.parallel import ItemPart, Processes
 from fastvae.run_folder import read_config
 
@@ -41,6 +55,12 @@ def ranks(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     return {kind: trained(kind, folder / f"{kind}-alone") for kind in MODELS}
+
+
+@pytest.fixture(scope="module")
+def longer():
+    """What one process has after two epochs more, without a break."""
+    return {kind: trained(kind, None, epochs=7) for kind in MODELS}
 
 
 def assert_close(a, b, rtol):
@@ -140,7 +160,7 @@ def test_all_processes_tell_the_same_error(ranks):
 @EACH
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_run_folder_is_that_of_one_process_and_goes_on_in_one(
-    ranks, alone, folder, kind, cut, size
+    ranks, alone, longer, folder, kind, cut, size
 ):
     run, plain = (folder / f"{kind}-{name}" for name in (f"{cut}-{size}", "alone"))
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in plain.iterdir())
@@ -150,14 +170,154 @@ def test_the_run_folder_is_that_of_one_process_and_goes_on_in_one(
     if size in (1, 3):
         return
     # one process goes on with what two or four wrote
-    results = []
-    for path in (run, plain):
-        copy = folder / f"{path.name}-resumed-{cut}-{size}"
-        copy.mkdir()
-        for file in ("config.json", "metrics.jsonl", "best.pt", "last.pt"):
-            (copy / file).write_bytes((path / file).read_bytes())
-        results.append(trained(kind, None, resume_dir=copy))
-    assert_close(results[0]["weights"], results[1]["weights"], 1e-5)
+    copy = folder / f"{run.name}-resumed"
+    shutil.copytree(run, copy)
+    found = trained(kind, copy, epochs=7, resume=True)
+    assert_close(found["weights"], longer[kind]["weights"], 1e-5)
+
+
+@pytest.mark.parametrize(("form", "size"), list(itertools.product(GOES_ON, SIZES)))
+def test_another_number_of_processes_goes_on_as_without_a_break(ranks, longer, form, size):
+    expected = longer["vae"]
+    for rank in range(size):
+        found = ranks[rank]["on", form, size]
+        assert_close(found["weights"], expected["weights"], 1e-5)
+        assert [row["epoch"] for row in found["history"]] == list(range(1, 8))
+        for row, other in zip(found["history"], expected["history"], strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_checkpoint_in_parts_holds_what_one_file_does(ranks, folder, size):
+    run, plain = (folder / f"vae-{name}-{size}" for name in ("parts", "items"))
+    assert read_config(run) == read_config(plain)
+    files = [path for path in run.glob("*.pt.parts-*/*") if path.name != ".metadata"]
+    # three weights with items, and six moments of them, of each process, and of the last save alone
+    assert len(files) == (3 + 9) * size
+    for name in ("best.pt", "last.pt"):
+        found, expected = (read_checkpoint(path / name) for path in (run, plain))
+        same(found["model"], expected["model"])
+        loaded, items = load_model(run / name)
+        same(loaded.state_dict(), expected["model"])
+        assert items == IDS
+    for n, moments in expected["optimizer"]["state"].items():
+        same(found["optimizer"]["state"][n], moments)
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, t in expected.items():
+        assert torch.equal(found[key], t) and found[key].stride() == t.stride(), key
+
+
+def test_torch_reads_a_folder_of_parts_too(ranks, folder):
+    from torch.distributed import checkpoint as dcp
+
+    path = next((folder / "vae-parts-3").glob("best.pt.parts-*"))
+    expected = load_model(folder / "vae-parts-3" / "best.pt")[0].state_dict()
+    name = "encode.q_layers.linear_0.weight"
+    found = {f"model/{name}": torch.zeros(16, N_ITEMS)}
+    # its own index is a pickle, which this project never reads
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(found, checkpoint_id=path, no_dist=True)
+    assert torch.equal(found[f"model/{name}"], expected[name])
+
+
+@pytest.fixture
+def parts(ranks, folder, tmp_path):
+    """A run whose checkpoints three processes have written in parts, to be damaged."""
+    return shutil.copytree(folder / "vae-parts-3", tmp_path / "run")
+
+
+def change_meta(path, change):
+    content = torch.load(path, weights_only=True)
+    meta = json.loads(content["meta"])
+    change(meta["parts"]["tensors"]["model/decode.p_layers.linear_1.weight"], meta["parts"])
+    torch.save(content | {"meta": json.dumps(meta)}, path)
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def pickled(file):
+    torch.save(argparse.Namespace(bytes=torch.zeros(1000)), file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_short, "__0_1.distcp in .* that torch cannot read so"),
+        (other_byte, "that torch cannot read so"),
+        (pickled, "that torch cannot read so"),
+        (lambda file: file.write_bytes(b""), "cut short"),
+        (Path.unlink, "No such file"),
+        (lambda file: torch.save(torch.zeros(13, 17), file), "something else in it"),
+    ],
+)
+def test_a_damaged_part_gives_one_sentence(parts, damage, reason):
+    path = parts / "best.pt"
+    # the last layer's weight, of process 0
+    damage(next(parts.glob("best.pt.parts-*")) / "__0_1.distcp")
+    with pytest.raises(ValueError) as caught:
+        load_model(path)
+    words = str(caught.value)
+    start = f"checkpoint: {path} must be whole with its folder, got another ("
+    assert words.startswith(start) and words.endswith("); copy both together")
+    assert re.search(reason, words) and "\n" not in words
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda table, parts: parts.update(folder="../run"), "a folder of another name"),
+        (lambda table, parts: parts.update(folder="a.parts-1"), "no folder a.parts-1 beside it"),
+        (lambda table, parts: table["parts"].pop(0), "parts that do not make a whole"),
+        (lambda table, parts: table["parts"].append([14, "a"]), "parts that do not make a whole"),
+        (lambda table, parts: table["parts"][0].__setitem__(1, "../a"), "a part of another name"),
+        (
+            lambda table, parts: table["parts"][0].__setitem__(1, table["parts"][1][1]),
+            "a part that is taken twice",
+        ),
+        (lambda table, parts: table.update(shape=[40, 10**12]), "__0_1.distcp in .* cut short"),
+        (lambda table, parts: table.update(axis=2), "parts without a shape"),
+        (lambda table, parts: parts.update(tensors={"model/a/b": table}), ""),
+        (lambda table, parts: parts.clear(), "folder"),
+    ],
+)
+def test_a_checkpoint_that_names_other_parts_gives_one_sentence(parts, change, reason):
+    change_meta(parts / "best.pt", change)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: .* must be whole with its folder, got"
+    ) as caught:
+        load_model(parts / "best.pt")
+    assert re.search(rf"\(.*{reason}.*\); copy both together", str(caught.value))
+
+
+def test_what_a_killed_save_leaves_is_removed_and_the_last_checkpoint_is_whole(parts, longer):
+    # killed before best.pt and last.pt name the new folders
+    for name in ("best.pt", "last.pt"):
+        (left,) = parts.glob(f"{name}.parts-*")
+        half = left.with_name(f"{name}.parts-77")
+        half.mkdir()
+        (half / "__0_0.distcp").write_bytes((left / "__0_0.distcp").read_bytes()[:50])
+    found = trained("vae", parts, epochs=7, resume=True, options=FIT | {"items": IDS})
+    assert_close(found["weights"], longer["vae"]["weights"], 1e-5)
+    # one process holds the whole model and writes one file
+    assert not [path for path in parts.iterdir() if path.is_dir()]
+
+
+def test_a_run_that_died_before_its_first_last_checkpoint_starts_anew(parts):
+    (parts / "last.pt").unlink()
+    (parts / "curve.png").unlink(missing_ok=True)
+    found = trained("vae", parts, epochs=1, options=FIT | {"items": IDS})
+    assert found["best"] == 1 and not [path for path in parts.iterdir() if path.is_dir()]
 
 
 def test_without_a_group_or_with_other_words_the_sentence_says_so():

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from training import N_ITEMS, assert_equal_weights, learnable, model, weights
+from training import IDS, N_ITEMS, assert_equal_weights, learnable, model, weights
 
 from fastvae import Adam, Clicks, MultiDAE, MultiVAE, fit
 from fastvae.adam import from_file
@@ -14,7 +14,6 @@ from fastvae.checkpoint import read_checkpoint, write_checkpoint
 from fastvae.data import map_items
 from fastvae.warm_start import WarmStart
 
-IDS = [f"i{n}" for n in range(N_ITEMS)]
 # others of the 40 in another order, with three that are new; i0 to i4 are gone
 LATER = ["new a", *IDS[:4:-1], "new b", "new c"]
 FAST = {"batch_size": 30, "lr": 0.01, "total_anneal_steps": 0}

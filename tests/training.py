@@ -6,6 +6,7 @@ import torch
 from fastvae import Clicks, MultiVAE
 
 N_ITEMS = 40
+IDS = [f"i{n}" for n in range(N_ITEMS)]
 
 
 def learnable(n_users=120, seed=0):
