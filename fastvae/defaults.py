@@ -2,7 +2,8 @@
 
     epochs              200 up to 3,000 users, then falling with their root to 50; half of that without validation
     batch_size          at most 500, so small that 1,000 updates are planned, and so that all of an epoch are alike: the
-                        update of a last batch of two users counts as much as another's (-.02 on MovieLens-100K)
+                        update of a last batch of two users counts as much as another's (-.02 on MovieLens-100K). In a
+                        warm start as from scratch, however few the epochs
     total_anneal_steps  beta reaches its cap after a fifth of the planned updates; from the start in a warm start, whose
                         weights were there already
     patience            a tenth of the epochs
@@ -67,7 +68,7 @@ def make_plan(
     n_users    to train on
     validated  whether there are users to validate on
     preset     "auto": by the size of the data; "paper": PAPER
-    warm       whether the training begins with the weights of an older run
+    warm       whether the training begins with the weights of an older run: its batches are those of one from scratch
     given      epochs, batch_size, total_anneal_steps and patience; None where they are to be chosen
     """
     values = {name: value for name, value in (given or {}).items() if value is not None}
@@ -84,7 +85,8 @@ def make_plan(
         return Plan(**values, reasons=reasons)
     at_most = "at most" if validated else "without validation, about where it stops others"
     epochs = choose("epochs", _epochs(n_users, validated), f"{at_most}, for {n_users:,} users")
-    batch_size, why = _batch_size(n_users, epochs)
+    # few epochs from older weights need no 1,000 updates, and small batches lead away from them: docs/new-data.md
+    batch_size, why = _batch_size(n_users, _epochs(n_users, validated) if warm else epochs)
     batch_size = choose("batch_size", batch_size, why)
     updates = epochs * math.ceil(n_users / batch_size)
     steps = math.ceil(WARM_UP * updates / anneal_cap) if anneal_cap > 0 else 0

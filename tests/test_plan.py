@@ -84,6 +84,16 @@ def test_a_warm_start_begins_at_the_cap_unless_told_otherwise():
     assert make_plan(750, **options, preset="paper").total_anneal_steps == 200_000
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_warm_start_of_few_epochs_keeps_the_batches_of_a_training_from_scratch(validated):
+    options = {"validated": validated, "anneal_cap": 0.2}
+    fresh = make_plan(750, **options)
+    few = make_plan(750, **options, warm=True, given={"epochs": 10})
+    assert few.batch_size == fresh.batch_size > make_plan(750, **options, given={"epochs": 10}).batch_size  # fmt: skip
+    assert few.reasons["batch_size"] == fresh.reasons["batch_size"]
+    assert make_plan(750, **options, warm=True, given={"batch_size": 7}).batch_size == 7
+
+
 def config_of(run):
     return json.loads((run / "config.json").read_text())
 
