@@ -42,6 +42,7 @@ CAUSES = {
     "parallel_trainer.py": "Training by several processes",
     "_parallel_scores.py": "Ranking by several processes",
     "step.py": "The training step",
+    "cuda_graph.py": "CUDA graphs of steps",
     "adam.py": "The optimiser",
     "warmup.py": "Compiling beforehand",
     "run_folder.py": "Run folders and resuming",

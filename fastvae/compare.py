@@ -75,9 +75,7 @@ def compare(
     Raises: ValueError where the two are not of the same users, have no metric in common, or settings are out of range;
     TypeError for other kinds.
     """
-    check_number("compare", "confidence", confidence, 0, 1, above=True)
-    n_samples = check_integer("compare", "n_samples", n_samples, 100)
-    seed = check_integer("compare", "seed", seed, 0, None)
+    n_samples, seed = check_settings(confidence, n_samples, seed)
     names = _common(a, b)
     first, second = (np.stack([side.values[name] for name in names]) for side in (a, b))
     low, high = _intervals(np.stack([first, second, second - first]), confidence, n_samples, seed)
@@ -98,6 +96,13 @@ def compare(
     return found
 
 
+def check_settings(confidence: float, n_samples: int, seed: int) -> tuple[int, int]:
+    """n_samples and seed as plain numbers. Raises: as compare."""
+    check_number("compare", "confidence", confidence, 0, 1, above=True)
+    n_samples = check_integer("compare", "n_samples", n_samples, 100)
+    return n_samples, check_integer("compare", "seed", seed, 0, None)
+
+
 def _common(a: Any, b: Any) -> list[str]:
     """The metrics with values of users that both have."""
     for name, side in (("a", a), ("b", b)):
@@ -110,6 +115,10 @@ def _common(a: Any, b: Any) -> list[str]:
         raise ValueError(
             f"compare: b must be of the {len(a.users):,} users of a, got {len(b.users):,} others; evaluate both on the "
             "same fold_in and held_out"
+        )
+    if a.clicks is not None and b.clicks is not None and a.clicks != b.clicks:
+        raise ValueError(
+            "compare: b must be of the fold_in and held_out of a, got others; users of another split are no pairs"
         )
     names = [name for name in a.values if name in b.values]
     common = [name for name in a.mean if name in b.mean]

@@ -142,10 +142,17 @@ def show_dataset(dataset: Dataset) -> None:
     for text, n in dataset.report():
         table.add_row(Text(text), f"{n:,}")
     out.print(table)
-    sizes = (len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test))
+    sizes = [len(ids) for ids in (dataset.users_train, dataset.users_vad, dataset.users_test)]
     users = "{:,} train, {:,} validation, {:,} test".format(*sizes)
     shared = ", the same in all three" if dataset.shares_users else ""
     say(f"users: {users}{shared}; {len(dataset.items):,} items")
+    for name, n_users in (("validation", sizes[1]), ("test", sizes[2])):
+        held_out = dataset.info["n_evaluated"]["vad" if name == "validation" else name]
+        if n_users and not held_out:
+            note(
+                f"no {name} user has a click held out, so that nothing can be measured on them; a larger "
+                "--held-out-fraction holds out more"
+            )
 
 
 def show_results(results: dict[str, Evaluation]) -> None:

@@ -140,6 +140,10 @@ class Dataset:
         """Whether the users of train are those of validation and test too: a split by click, not by user."""
         return self.info.get("settings", {}).get("by", "users") != "users"
 
+    def more_held_out(self) -> str:
+        """What to do where no user has a held-out click, in the command's words."""
+        return f"prepare it with a larger {'--held-out-fraction' if self.shares_users else '--heldout'}"
+
     @property
     def n_items(self) -> int:
         """Size of the vocabulary."""

@@ -42,6 +42,7 @@ class Evaluation:
     n_skipped    users with nothing to predict or nothing to fold in
     users        [n_evaluated] int64: the rows of fold_in and held_out that were evaluated
     values       by metric name: [n_evaluated] float64, the value of each of these users; not for coverage
+    clicks       a digest of fold_in and held_out, by which compare knows whether two are of the same
 
     Two are equal where the first four are.
     """
@@ -52,6 +53,7 @@ class Evaluation:
     n_skipped: int
     users: np.ndarray | None = field(default=None, compare=False, repr=False)
     values: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    clicks: int | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> float:
         return self.mean[name]
@@ -137,7 +139,7 @@ def _evaluated(
     device, n_users = device_of(model, fold_in.device), fold_in.n_users
     fold_in, held_out = (clicks.compact().to(device) for clicks in (fold_in, held_out))
     held_out = unseen("evaluate", fold_in, held_out, stacklevel=4)
-    users = _evaluable(fold_in, held_out)
+    users, clicks = _evaluable(fold_in, held_out), _digest(fold_in, held_out)
     own = users if share is None else users[share.rows(len(users))]
     fold_in, held_out = (clicks.rows(own).compact() for clicks in (fold_in, held_out))
     by_user = {name: kind for name, kind in wanted.items() if kind[0] != "coverage"}
@@ -158,7 +160,8 @@ def _evaluated(
             f"evaluate: model must give finite scores, got nan or inf for {bad.sum()} of {len(users)} users, "
             f"first for user {users[bad.argmax()]}; load a checkpoint from before the loss diverged"
         )
-    return _summary(wanted, dict(zip(by_user, values[:-1], strict=True)), covered, users, n_users)
+    found = dict(zip(by_user, values[:-1], strict=True))
+    return _summary(wanted, found, covered, users, n_users, clicks)
 
 
 def _user_values(scorer, k, held_out, to_values, covered, progress) -> Tensor:
@@ -185,13 +188,14 @@ def _summary(
     covered: Coverage,
     users: np.ndarray,
     n_users: int,
+    clicks: int,
 ) -> Evaluation:
     shares = iter(covered.shares())
     mean = {name: float(values[name].mean()) if name in values else next(shares) for name in wanted}
     stderr = {
         name: float(of_users.std() / np.sqrt(len(users))) for name, of_users in values.items()
     }
-    return Evaluation(mean, stderr, len(users), n_users - len(users), users, values)
+    return Evaluation(mean, stderr, len(users), n_users - len(users), users, values, clicks)
 
 
 def _parse(name: str) -> tuple[str, int]:
@@ -248,6 +252,17 @@ def unseen(where: str, fold_in: Clicks, held_out: Clicks, stacklevel: int = 3) -
         stacklevel=stacklevel,
     )
     return held_out.where(keep)
+
+
+def _digest(fold_in: Clicks, held_out: Clicks) -> int:
+    """A number that another matrix in either's place would hardly give; both compact and on one device."""
+    total = torch.zeros((), dtype=torch.int64, device=fold_in.device)
+    for odd, x in ((0x9E3779B1, fold_in), (0x85EBCA77, held_out)):
+        users = torch.repeat_interleave(x.row_lengths(), output_size=len(x.indices))
+        # modulo 2**64, as torch's integers go
+        mixed = (users * x.n_items + x.indices + 1) * odd
+        total += (mixed ^ (mixed >> 29)).mul_(mixed).sum()
+    return int(total)
 
 
 def _evaluable(fold_in: Clicks, held_out: Clicks) -> np.ndarray:

@@ -29,7 +29,8 @@ _FEW = 0.1
 def parse_times(pl: Any, text: Any) -> tuple[Any, Any]:
     """Lazy time of each text, Float64, null where it is none, and whether the column is of dates."""
     plain = text.str.strip_chars().str.replace_all("/", "-", literal=True)
-    plain = plain.str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
+    # the zone first, whose T is not that between date and time
+    plain = plain.str.replace(r"\s*(Z|UTC)$", "").str.replace("T", " ", literal=True)
     dates = [plain.str.to_datetime(way, strict=False, time_unit="us") for way in _FORMATS]
     dates += [
         plain.str.to_datetime(way, strict=False, time_unit="us").dt.replace_time_zone(None)
@@ -105,7 +106,7 @@ def time_of(value: Any, is_dates: bool, latest: float) -> float:
         if low <= latest < 6 * low:
             return micros / micros_per_unit
     raise ValueError(
-        f"prepare: date must be a number on the scale of the times, up to {latest:g}, got {shown(value)}"
+        f"prepare: date must be a number on the scale of the times, up to {latest:.17g}, got {shown(value)}"
     )
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_catalogue, check_ids, check_integer
+from ._checks import check_catalogue, check_ids, check_integer, first_of
 from .clicks import Clicks
 from .data import map_items
+from .events import REASONS
 from .frames import events_from_frame, kind_of
 from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
 from .rules import rules_of
@@ -163,10 +164,19 @@ def recommended_frame(
     log = events_from_frame(frame, user, item)
     vocabulary = check_ids("recommend", "items", items)
     known, n_unknown = map_items(log.x, log.items, vocabulary)
-    if n_unknown:
+    lost = {why: n for why, n in log.info["dropped"].items() if n and why != "duplicates"}
+    if lost:
+        reasons = "; ".join(f"{n:,} with {REASONS[why]}" for why, n in lost.items())
         warnings.warn(
-            f"recommend: {n_unknown:,} of {log.x.nnz:,} clicks in frame are on items that the model does not know; "
-            "they are ignored",
+            f"recommend: {sum(lost.values()):,} of {log.info['n_events']:,} rows of frame are no clicks, {reasons}",
+            stacklevel=3,
+        )
+    if n_unknown:
+        known_ids = set(map(str, vocabulary))
+        unknown = first_of(item for item in log.items if item not in known_ids)
+        warnings.warn(
+            f"recommend: {n_unknown:,} of {log.x.nnz:,} clicks in frame are on items that the model does not know, such "
+            f"as {unknown}; they are ignored",
             stacklevel=3,
         )
     found = recommend(model, known, k, items=vocabulary, **options)
@@ -260,6 +270,11 @@ def read_histories(
     return clicks.to(device_of(model, clicks.device)), unknown
 
 
+def _plain(history: Any) -> Any:
+    """torch's own list holds plain numbers; a tensor's parts have no ids for text."""
+    return history.tolist() if isinstance(history, Tensor) else history
+
+
 def _clicks_of(
     where: str, histories: Any, items: list[Any] | None, stacklevel: int
 ) -> tuple[Clicks, np.ndarray]:
@@ -277,17 +292,17 @@ def _clicks_of(
                 f"{where}: histories must be lists of item ids, got one that is {got}; wrap it in a list"
             )
     index = {str(item): position for position, item in enumerate(items)}
-    # torch's own list holds plain numbers; a tensor's parts have no ids for text
-    lists = (h.tolist() if isinstance(h, Tensor) else h for h in histories)
-    rows = [[index.get(str(item), -1) for item in history] for history in lists]
+    rows = [[index.get(str(item), -1) for item in _plain(history)] for history in histories]
     flat = np.fromiter(chain.from_iterable(rows), np.int64)
     users = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64))
     known = flat >= 0
     unknown = np.bincount(users[~known], minlength=len(rows))
     if unknown.any():
+        # iterators are at their end by now and show none
+        names = first_of(i for h in histories for i in _plain(h) if str(i) not in index)
         warnings.warn(
             f"{where}: {unknown.sum():,} of {len(flat):,} clicks in histories are on items that the "
-            "model does not know; they are ignored",
+            f"model does not know{names and f', such as {names}'}; they are ignored",
             stacklevel=stacklevel,
         )
     return Clicks.from_pairs(users[known], flat[known], len(rows), len(items)), unknown

@@ -66,7 +66,7 @@ def rules_of(
                 "recommend: allowed and exclude leave no item, so that every list is empty",
                 stacklevel=4,
             )
-    return Rules(columns, _penalty(popularity_penalty, popularity, n_items))
+    return Rules(columns, _penalty(popularity_penalty, popularity, n_items, vocabulary))
 
 
 def _positions(name: str, ids: Any, n_items: int, places: dict[str, int] | None) -> np.ndarray:
@@ -99,7 +99,9 @@ def _positions(name: str, ids: Any, n_items: int, places: dict[str, int] | None)
     return np.array(known, np.int64)
 
 
-def _penalty(strength: Any, popularity: Any, n_items: int) -> Tensor | None:
+def _penalty(
+    strength: Any, popularity: Any, n_items: int, vocabulary: list[Any] | None
+) -> Tensor | None:
     strength = check_number("recommend", "popularity_penalty", strength, 0)
     if strength == 0:
         return None
@@ -108,8 +110,23 @@ def _penalty(strength: Any, popularity: Any, n_items: int) -> Tensor | None:
             "recommend: popularity must be the training clicks, or a count for each item, where popularity_penalty "
             "is given, got None"
         )
+    _check_order(popularity, vocabulary)
     # an item that nobody clicked costs what one that one user clicked costs: nothing
     return (strength * _counts(popularity, n_items).clamp_min(1).log()).float()
+
+
+def _check_order(popularity: Any, vocabulary: list[Any] | None) -> None:
+    """ValueError for a pandas.Series whose labels say that it is in another order than the items."""
+    index = getattr(popularity, "index", None)
+    if isinstance(popularity, Clicks) or index is None or callable(index):
+        return
+    labels = list(map(str, index))
+    orders = [range(len(labels)), *([] if vocabulary is None else [vocabulary])]
+    if not any(labels == list(map(str, order)) for order in orders):
+        raise ValueError(
+            f"recommend: popularity must be in the order of the items, got labels {first_of(labels)}; pass "
+            "popularity.reindex(items, fill_value=0)"
+        )
 
 
 def _counts(popularity: Any, n_items: int) -> Tensor:

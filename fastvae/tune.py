@@ -167,7 +167,7 @@ def _load(dataset: str) -> Dataset:
     data = Dataset.load(dataset)
     if not data.info["n_evaluated"]["vad"]:
         raise ValueError(
-            "tune: dataset must have a validation user with held-out clicks, got none; prepare it with a larger --heldout"
+            f"tune: dataset must have a validation user with held-out clicks, got none; {data.more_held_out()}"
         )
     return data
 

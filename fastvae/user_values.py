@@ -34,10 +34,22 @@ def write_user_values(
     results   by the name of the model, what evaluate gave for these users, all of the same metrics. Users who were not
               evaluated have no row; coverage, which is of all users together, has no column
 
-    Raises: ValueError for another suffix, a missing folder, or too few ids; ImportError without polars.
+    Raises: ValueError for another suffix, a missing folder, too few ids, or without a metric of single users; ImportError without polars.
     """
     path = check_user_values_path(path)
     users = check_ids("write_user_values", "user_ids", user_ids, distinct=False)
+    metrics = [*next(iter(results.values())).values] if results else []
+    for name, result in results.items():
+        if not result.values:
+            raise ValueError(
+                "write_user_values: results must have a metric with a value for each user, got "
+                f"{', '.join(result.mean)} for {name}"
+            )
+        if [*result.values] != metrics:
+            raise ValueError(
+                f"write_user_values: results must be of the same metrics, got {', '.join(metrics)} and "
+                f"{', '.join(result.values)} for {name}"
+            )
     columns: dict[str, list[Any]] = {"model": [], "user": []}
     for name, result in results.items():
         rows = [] if result.users is None else result.users.tolist()

@@ -26,6 +26,7 @@ _SOURCES = {
     ("evaluate", "folder"): "dataset",
     ("evaluate", "metrics"): "metric",
     ("evaluate", "path"): "per_user",
+    ("evaluate", "results"): "metric",
     ("compare", "folder"): "dataset",
     ("compare", "metrics"): "metric",
     ("compare", "n_samples"): "samples",

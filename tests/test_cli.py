@@ -647,6 +647,12 @@ def test_lists_are_empty_by_the_rules_and_not_by_the_histories_alone(
     assert (code, err) == (0, "")
 
 
+def test_popularity_without_a_penalty_is_pointed_out(tmp_path, run, folder_of_everything):
+    arguments = ("recommend", folder_of_everything / "trained", folder_of_everything / "data")
+    code, _, err = run(*arguments, tmp_path / "top.csv", "--popularity", arguments[-1])
+    assert (code, err) == (0, "--popularity counts for nothing where --popularity-penalty is 0\n")
+
+
 def test_similar_prints_what_similar_items_gives(tmp_path, run, folder_of_everything):
     folder = folder_of_everything / "trained"
     model, items = load_model(folder / "best.pt")

@@ -99,6 +99,8 @@ REFUSED = [
     ("compare {vae} none {data}", "compare: run must be a run folder or a checkpoint, got nothing at none"),
     ("compare {vae} {dae} {data} --users train", "compare: --users must be test or vad, got train"),
     ("compare {vae} {dae} {data} --confidence 1", "compare: --confidence must lie in (0, 1), got 1.0"),
+    # before anything is read
+    ("compare {vae} {dae} none --samples 9", "compare: --samples must be at least 100, got 9"),
     ("compare {vae} {dae} {data} --samples 9", "compare: --samples must be at least 100, got 9"),
     (
         "compare {vae} {dae} {data} --metric ndcg@5 --metric coverage@5",
@@ -107,6 +109,10 @@ REFUSED = [
     (
         "evaluate {vae} {data} --per-user u.txt",
         "evaluate: --per-user must end in .csv or .parquet, got 'u.txt'",
+    ),
+    (
+        "evaluate {vae} {data} --metric coverage@5 --per-user u.csv",
+        "evaluate: --metric must have a metric with a value for each user, got coverage@5 for MultiVAE",
     ),
     ("evaluate {vae} {data} --metric auc@5", "evaluate: --metric must be names like 'ndcg@100'"),
 ]  # fmt: skip

@@ -223,7 +223,7 @@ def test_what_a_split_by_click_refuses(tmp_path):
         (
             timed,
             {"by": "time", "date": "2020-01-31"},
-            "date must be a number on the scale of the times",
+            f"date must be a number on the scale of the times, up to {timed.times.max():.0f}, got '2020-01-31'",
         ),
         (
             timed,
@@ -368,6 +368,29 @@ def test_0_and_minus_1_are_no_times_among_times_since_1970(as_dates, tmp_path, r
         f"1 events have a time far from the others, such as {far}, and are put in order all the same; the others lie "
         "between 1982 and 2039",
     ]
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%dT%H:%M:%SZ", "%Y/%m/%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.000+00:00", "%Y-%m-%d %H:%M:%S+00"],
+)  # fmt: skip
+def test_forms_of_dates(form, tmp_path):
+    texts = [datetime.fromtimestamp(second, timezone.utc).strftime(form) for second in SECONDS]
+    log = read_times(tmp_path / "log.csv", texts)
+    assert log.times.tolist() == [second * 1e6 for second in SECONDS]
+
+
+def test_a_split_that_holds_nothing_out_says_so(tmp_path, run):  # noqa: F811
+    write_log(tmp_path / "log.csv")
+    data, options = tmp_path / "data", ("--split", "time", "--held-out-fraction", 0.01)
+    code, _, err = run("prepare", tmp_path / "log.csv", data, *options)
+    assert code == 0 and err.splitlines() == [
+        f"no {name} user has a click held out, so that nothing can be measured on them; a larger --held-out-fraction "
+        "holds out more"
+        for name in ("validation", "test")
+    ]
+    code, _, err = run("train", data, tmp_path / "run")
+    assert code == 2 and err.endswith("; prepare it with a larger --held-out-fraction\n")
 
 
 def test_a_column_without_a_time_is_refused_with_its_first_text(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_evaluate import random_case
 
-from fastvae import evaluate
+from fastvae import Clicks, evaluate
+from fastvae.baselines import Popularity
 from fastvae.compare import compare
 from fastvae.evaluate import Evaluation
 
@@ -97,6 +98,23 @@ def test_of_models_and_without_coverage():
     assert str(raised.value) == (
         "compare: a and b must have a metric with a value for each user, got coverage@10, of all users together"
     )
+
+
+def test_the_same_number_of_users_of_another_split_are_no_pairs():
+    _, fold_in, held_out = random_case()
+    model = Popularity(Clicks.from_matrix(held_out))
+    again = evaluate(model, fold_in, held_out)
+    assert compare(evaluate(model, fold_in, held_out), again)["ndcg@100"].difference == 0
+    swapped = [1, 0, *range(2, len(fold_in))]
+    for other in (
+        (fold_in[swapped], held_out[swapped]),
+        (held_out, fold_in),
+    ):
+        with pytest.raises(ValueError) as raised:
+            compare(again, evaluate(model, *other))
+        assert str(raised.value) == (
+            "compare: b must be of the fold_in and held_out of a, got others; users of another split are no pairs"
+        )
 
 
 def test_what_cannot_be_compared():

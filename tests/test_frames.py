@@ -169,7 +169,8 @@ def test_recommendations_are_a_frame_of_the_same_library(kind):
     rows = {"user": [8, 7, 7, 9], "item": [20, 10, 30, 99]}
     frame = frames(rows)[kind]
     with pytest.warns(
-        UserWarning, match=r"^recommend: 1 of 4 clicks in frame are on items"
+        UserWarning,
+        match=r"^recommend: 1 of 4 clicks in frame are on items that the model does not know, such as '99'; they",
     ) as caught:
         found = recommend_to_frame(Fixed(1.0, 2.0, 3.0), frame, k=2, items=[10, 20, 30])
     assert caught[0].filename == __file__
@@ -208,6 +209,15 @@ def test_recommend_takes_and_gives_frames(kind):
         with pytest.warns(UserWarning):
             expected = recommend_to_frame(model, frame, 2, items=items, **options)
         assert type(found) is type(expected) and found.equals(expected)
+    rated = frames(
+        {"user": [1, 1, 2, 2, None], "item": [10, 10, 20, 30, 20], "rating": [5, 5, 0, 4, 5]}
+    )[kind]
+    with pytest.warns(UserWarning) as caught:
+        recommend(model, rated, items=items)
+    assert [str(warning.message) for warning in caught] == [
+        "recommend: 2 of 5 rows of frame are no clicks, 1 with no user id; 1 with a rating of 0"
+    ]
+    assert caught[0].filename == __file__
     with pytest.raises(ValueError) as raised:
         recommend(model, frame)
     assert str(raised.value) == (

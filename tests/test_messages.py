@@ -32,9 +32,11 @@ EXCEPTIONS = {
     # {argument} is "path must end in ..., got ..." or "format must be ..., got ..."
     "write_recommendations: {argument}",
     # warnings: the call goes on
-    "recommend: {n_unknown} of {log.x.nnz} clicks in frame are on items that the model does not know; they are ignored",
-    "{where}: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not know; "
+    "recommend: {n_unknown} of {log.x.nnz} clicks in frame are on items that the model does not know, such as {unknown}; "
     "they are ignored",
+    "recommend: {sum(lost.values())} of {log.info['n_events']} rows of frame are no clicks, {reasons}",
+    "{where}: {unknown.sum()} of {len(flat)} clicks in histories are on items that the model does not "
+    "know{names and f', such as {names}'}; they are ignored",
     "recommend: {len(found) - len(known)} of {len(found)} ids in {name} are of items that the model does not know, such "
     "as {unknown}; they are ignored",
     "recommend: allowed and exclude leave no item, so that every list is empty",

@@ -188,13 +188,21 @@ def test_a_history_may_be_any_container_of_ids(history):
 
 def test_unknown_ids_are_counted_and_reported():
     histories = [["a", "x"], [], ["y", "x", "b"]]
-    expected = (
-        "recommend: 3 of 5 clicks in histories are on items that the model does not know; they"
-    )
+    expected = "recommend: 3 of 5 clicks in histories are on items that the model does not know, such as 'x', 'y', 'x'; they"
     with pytest.warns(UserWarning, match=expected):
         found = recommend(Fixed(3.0, 2.0, 1.0), histories, k=1, items=["a", "b", "c"], block_size=1)
     assert found.n_unknown == 3
     assert found.external() == [["b"], ["a"], ["a"]]
+
+
+def test_unknown_ids_that_came_from_an_iterator_are_counted_alone():
+    expected = (
+        "recommend: 1 of 1 clicks in histories are on items that the model does not know; they"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        assert recommend(Fixed(1.0), [iter(["x"])], items=["a"]).external() == [["a"]]
+    with pytest.warns(UserWarning, match="does not know, such as '7'; they"):
+        recommend(Fixed(1.0), [torch.tensor([7])], items=["a"])
 
 
 def test_clicks_with_a_vocabulary_give_external_ids():

@@ -142,6 +142,25 @@ def test_a_user_counts_once_for_an_item_as_in_the_baseline():
         assert torch.equal(found.scores, same.scores)
 
 
+@pytest.mark.parametrize("order", ["by-count", "positions", "items"])
+def test_labelled_counts_are_in_the_order_of_the_items(order):
+    pandas = pytest.importorskip("pandas", reason="the extra dev has pandas")
+    items, counts = ["a", "b", "c"], [2, 0, 9]
+    model, options = Fixed(1.0, 1.0, 1.0), {"items": ["a", "b", "c"], "popularity_penalty": 1}
+    expected = recommend(model, [[]], 3, popularity=counts, **options)
+    if order == "by-count":
+        with pytest.raises(ValueError) as raised:
+            recommend(model, [[]], popularity=pandas.Series([9, 2], ["c", "a"]), **options)
+        assert str(raised.value) == (
+            "recommend: popularity must be in the order of the items, got labels 'c', 'a'; pass "
+            "popularity.reindex(items, fill_value=0)"
+        )
+        return
+    labels = items if order == "items" else None
+    found = recommend(model, [[]], 3, popularity=pandas.Series(counts, labels), **options)
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_no_penalty_changes_no_bit_and_needs_no_counts():
     model, x = next(models()), random_clicks([3] * 4, N_ITEMS)
     found = recommend(model, x, 5, popularity_penalty=0, popularity=None)

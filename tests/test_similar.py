@@ -74,7 +74,7 @@ def test_histories_are_those_of_recommend():
     model, items = MultiDAE([4, 3]), ["a", "b", "c"]
     lists = user_vectors(model, [["a", "c"], []], items=items)
     assert torch.equal(lists, user_vectors(model, np.array([[1, 0, 1], [0, 0, 0]])))
-    text = "user_vectors: 1 of 2 clicks in histories are on items that the model does not know; they are ignored"
+    text = "user_vectors: 1 of 2 clicks in histories are on items that the model does not know, such as 'x'; they are ignored"
     with pytest.warns(UserWarning, match=f"^{text}$") as warned:
         assert torch.equal(
             user_vectors(model, [["a", "x"]], items=items),

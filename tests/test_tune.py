@@ -267,6 +267,7 @@ def test_the_command_hands_over_its_options_and_says_how_to_train_the_best(
     from fastvae import cli, console
 
     seen = {}
+    annealing = [(0.1 * n, 0.3 + 0.01 * n) for n in range(8)]
     trials = [
         Trial(1, "complete", 0.5, 4, 7, 300, 150, 0.3, 0.00123),
         Trial(0, "failed", math.nan, 0, 0, 600, 200, 0.5, 0.001),
@@ -276,7 +277,7 @@ def test_the_command_hands_over_its_options_and_says_how_to_train_the_best(
         seen.update(options, dataset=dataset, runs=runs)
         result = Tuning(0.17, 35, [(0.1, 0.3)], trials)
         on_trial(trials[0], result)
-        return result
+        return result if dataset.name == "data" else Tuning(0.4, 35, annealing, trials)
 
     monkeypatch.setattr(fastvae.tune, "tune", fake)
     monkeypatch.setattr(console, "out", Console(width=80))
@@ -290,9 +291,21 @@ def test_the_command_hands_over_its_options_and_says_how_to_train_the_best(
     given = {**options, "device": torch.device("cpu"), "progress": True}
     assert {name: seen[name] for name in given} == given
     assert (str(seen["dataset"]), str(seen["runs"])) == ("data", "runs")
-    out = capsys.readouterr().out
-    assert "NDCG@100 0.5000 at epoch 4 of 7" in out and "cap of beta 0.17" in out
+    out, err = capsys.readouterr()
+    assert "trial 1, 2 ended: hidden 300" in out and "NDCG@100 0.5000 at epoch 4 of 7" in out
+    assert "cap of beta 0.17" in out and err == ""
     assert out.splitlines()[-1] == (
         "fastvae train data run --model dae --hidden 300 --latent 150 --dropout 0.3 --lr 0.00123 --anneal-cap 0.17 "
         "--total-anneal-steps 35 --batch-size 7 --epochs 8 --patience 6 --precision bf16 --seed 5"
     )
+    # beta rose to the last epoch, or patience ended it, or it fell before
+    for more, is_noted in ((8, True), (7, False), (9, False)):
+        del annealing[:]
+        annealing += [(0.1 * n, 0.3 + 0.01 * n) for n in range(min(more, 8))] + [(0.9, 0.1)] * (
+            more - 8
+        )
+        monkeypatch.setattr(sys, "argv", ["fastvae", "tune", "other", "runs", *words])
+        cli.main()
+        assert (
+            "the annealing run was best at its last epoch" in capsys.readouterr().err
+        ) == is_noted

@@ -55,4 +55,19 @@ def test_what_cannot_be_written(results, tmp_path):
         with pytest.raises(ValueError) as raised:
             write_user_values(tmp_path / path, ["a"] * 60, results)
         assert str(raised.value).startswith(f"write_user_values: {message}")
+    model, fold_in, held_out = random_case()
+    share, other = (evaluate(model, fold_in, held_out, [name]) for name in ("coverage@5", "hit@1"))
+    for found, message in (
+        (
+            {"A": share},
+            "results must have a metric with a value for each user, got coverage@5 for A",
+        ),
+        (
+            {**results, "A": other},
+            "results must be of the same metrics, got ndcg@10, novelty@3 and hit@1 for A",
+        ),
+    ):
+        with pytest.raises(ValueError) as raised:
+            write_user_values(tmp_path / "users.csv", ["a"] * 60, found)
+        assert str(raised.value) == f"write_user_values: {message}"
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..compare import compare
+from ..compare import check_settings, compare
 from ..data import Dataset
 from ..evaluate import Evaluation, evaluate
 from ..options import DatasetArg, Device, Quirk
@@ -42,6 +42,8 @@ def compare_command(
             raise ValueError(
                 f"compare: metric must have a value for each user, got {name}, which is of all users together"
             )
+    # before minutes of work
+    check_settings(confidence, samples, seed)
     data = Dataset.load(dataset)
     results: list[Evaluation] = []
     for path in (run, other):

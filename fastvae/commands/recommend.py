@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import console
+from .._checks import first_of
 from ..data import Dataset, map_items
 from ..events import Events, read_events
 from ..export import recommend_to_file
@@ -66,8 +67,9 @@ def recommend(
     net = net.to(device_named(device))
     done = recommend_to_file(output, net, log, k, items=vocabulary, keep_seen=keep_seen, **rules)
     if done.n_unknown:
+        unknown = first_of(sorted({*log.items} - {*(vocabulary or ())}))
         console.note(
-            f"{done.n_unknown:,} of {done.n_clicks:,} clicks are on items that the model does not know "
+            f"{done.n_unknown:,} of {done.n_clicks:,} clicks are on items that the model does not know, such as {unknown}, "
             f"and are ignored; {done.n_new:,} users have no other"
         )
     console.say(f"wrote the top {done.k} of {done.n_users:,} users to {output}")
@@ -90,6 +92,8 @@ def _rules(options: RuleOptions, histories: Path) -> tuple[dict[str, Any], Datas
             f"recommend: allowed must be a file of ids, one a line, got none in {options.allowed}"
         )
     if options.popularity_penalty == 0:
+        if options.popularity is not None:
+            console.note("--popularity counts for nothing where --popularity-penalty is 0")
         return rules, None
     folder = options.popularity or histories
     if not folder.is_dir():

@@ -86,6 +86,7 @@ def _loaded(dataset: Path, seed: int) -> Dataset:
     if len(data.users_vad) and not data.info["n_evaluated"]["vad"]:
         raise ValueError(
             f"train: dataset must have a validation user with held-out clicks, got none of {len(data.users_vad):,}; "
-            "prepare it with a larger --heldout, or with --heldout 0 to train without validation"
+            f"{data.more_held_out()}"
+            + ("" if data.shares_users else ", or with --heldout 0 to train without validation")
         )
     return data

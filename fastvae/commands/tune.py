@@ -41,6 +41,12 @@ def tune(
         device=device_named(device), progress=True, on_trial=_say_trial,
     )  # fmt: skip
     console.show_trials(result)
+    reached = [ndcg for _, ndcg in result.annealing]
+    if len(reached) >= epochs and max(reached) == reached[-1]:
+        console.note(
+            "the annealing run was best at its last epoch and might have gone on, so the cap of beta says little; raise "
+            "--epochs, in a new folder"
+        )
     best = result.best
     options = {
         "--model": model, "--hidden": best.hidden, "--latent": best.latent, "--dropout": best.dropout,
@@ -56,7 +62,7 @@ def tune(
 def _say_trial(trial: Trial, tuning: Tuning) -> None:
     said = f"NDCG@100 {trial.ndcg:.4f} at epoch {trial.best_epoch} of {trial.epochs}"
     console.say(
-        f"trial {len(tuning.trials)}: hidden {trial.hidden}, latent {trial.latent}, dropout {trial.dropout}, "
+        f"trial {trial.number}, {len(tuning.trials)} ended: hidden {trial.hidden}, latent {trial.latent}, dropout {trial.dropout}, "
         f"lr {trial.lr:.2g}: {'failed' if trial.state == 'failed' else said}"
         + (", pruned" if trial.state == "pruned" else "")
     )
