@@ -71,6 +71,24 @@ class UsersStep(GraphedStep):
         torch.autograd.backward(list(gradients), upstream)
 
 
+class ItemsStep(GraphedStep):
+    """GraphedStep of a model that ItemPart.cut has cut; eager."""
+
+    def __init__(self, model, optimizer, part: ItemPart, **options: Any):
+        super().__init__(model, optimizer, cuda_graph=False, **options)
+        self.part = part
+        self._cut = {p for name, p in model.named_parameters() if name in part.axes}
+
+    def _clip(self, weights: list[nn.Parameter], max_norm: float) -> None:
+        # the gradients of ranges are added up over the processes, those that all have are counted once
+        squares = self.sums.new_zeros(2)
+        for p in weights:
+            if p.grad is not None:
+                squares[int(p in self._cut)] += torch.linalg.vector_norm(p.grad).double().square()
+        self.part.processes.sum(squares[1])
+        nn.utils.clip_grads_with_norm_(weights, max_norm, squares.sum().sqrt().float())
+
+
 class _OfCallback(Exception):
     """What on_epoch raised in process 0, which every process raises."""
 
@@ -100,7 +118,7 @@ class ParallelTrainer(Trainer):
     def _make_step(self, cuda_graph: Any, **options: Any) -> GraphedStep:
         if self.part is None:
             return UsersStep(self.model, self.optimizer, self.processes, **options)
-        return GraphedStep(self.model, self.optimizer, cuda_graph=False, **options)
+        return ItemsStep(self.model, self.optimizer, self.part, **options)
 
     def run_epochs(self, epochs, patience, bar, interrupted, on_epoch: OnEpoch | None = None):
         """As Trainer.run_epochs; an interrupt of one process interrupts all, and process 0 alone calls on_epoch."""

@@ -184,7 +184,7 @@ class GraphedStep:
             if not isinstance(self.optimizer, Adam):
                 lay_out_gradients(weights)
             if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(weights, self.max_norm)
+                self._clip(weights, self.max_norm)
             self.optimizer.step()
         # not kept through the next forward: they are as large as the weights
         self._drop_gradients()
@@ -203,6 +203,9 @@ class GraphedStep:
         self, nll: Tensor, kld: Tensor, weights: list[nn.Parameter], n_users: int
     ) -> None:
         backward_of_mean(nll, kld, self.beta, weights)
+
+    def _clip(self, weights: list[nn.Parameter], max_norm: float) -> None:
+        nn.utils.clip_grad_norm_(weights, max_norm)
 
     @contextlib.contextmanager
     def _last_weight_beside(self, weights: list[nn.Parameter]) -> Iterator[None]:

@@ -130,9 +130,7 @@ def fit(
         warm=warm_start is not None, lr=lr, per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
         weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
     )  # fmt: skip
-    make_run, make_trainer, speaks = _makers(
-        model, parallel, group, cuda_graph, warm_start, clip_grad_norm, checkpoint_bytes
-    )
+    make_run, make_trainer, speaks = _makers(model, parallel, group, cuda_graph, checkpoint_bytes)
     train, run = train.to(device), None
     if folder is not None:
         run = make_run(folder, model, settings.config(), train, validation, items, plan.limits())
@@ -143,7 +141,7 @@ def fit(
         trainer = make_trainer(model, train, validation, settings, run, cuda_graph)
         held, shown = held_interrupt(terminated=parallel is not None), progress and speaks
         with ProgressBar(shown, plan.epochs, train.n_users) as bar, held as interrupted:
-            _begin(trainer, plan, start, resume, bar)
+            _begin(trainer, train, plan, start, resume, bar)
             trainer.run_epochs(plan.epochs, plan.patience, bar, interrupted, on_epoch)
         trainer.finish()
     return trainer.result
@@ -160,7 +158,12 @@ def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart | None:
 
 
 def _begin(
-    trainer: Trainer, plan: Plan, start: WarmStart | None, resume: bool, bar: ProgressBar
+    trainer: Trainer,
+    train: Clicks,
+    plan: Plan,
+    start: WarmStart | None,
+    resume: bool,
+    bar: ProgressBar,
 ) -> None:
     if resume:
         trainer.restore()
@@ -168,7 +171,7 @@ def _begin(
     for line in plan.lines():
         bar.say(line)
     if start is not None:
-        start.load_into(trainer.model, trainer.optimizer, trainer.train)
+        start.load_into(trainer.model, trainer.optimizer, train)
         bar.say(str(start))
 
 
@@ -187,20 +190,11 @@ def _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch
         raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
 
 
-def _makers(
-    model, parallel, group, cuda_graph, warm_start, clip_grad_norm, checkpoint_bytes
-) -> tuple[Any, Any, bool]:
+def _makers(model, parallel, group, cuda_graph, checkpoint_bytes) -> tuple[Any, Any, bool]:
     """What makes the run folder and the trainer, and whether this process shows a progress bar."""
     checkpoint_bytes = check_integer("fit", "checkpoint_bytes", checkpoint_bytes, high=None)
     if parallel is None:
         return RunFolder, Trainer, True
-    if parallel == "items" and warm_start is not None:
-        raise ValueError(f"fit: warm_start must be None where parallel is items, got {warm_start}")
-    if parallel == "items" and clip_grad_norm is not None:
-        # the norm of one process' part is not that of all
-        raise ValueError(
-            f"fit: clip_grad_norm must be None where parallel is items, got {clip_grad_norm}"
-        )
     from .parallel_trainer import Several
 
     several = Several(model, parallel, group, cuda_graph, checkpoint_bytes)

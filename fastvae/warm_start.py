@@ -119,12 +119,13 @@ class WarmStart:
     def load_into(self, model: MultiVAE | MultiDAE, optimizer: Adam, train: Clicks) -> None:
         """Set the weights of a model and the state of its optimiser, which has made no step.
 
-        train  [n_users, n_items] on the model's device; its counts give the new items' biases
+        model  one that ItemPart.cut has cut takes over what it has of the items; collective then
+        train  [n_users, n_items] on the model's device, of all items; its counts give the new items' biases
         """
         for name, weight in model.named_parameters():
             weight.copy_(self._taken_over(model, name, self.weights[name], weight))
         if self.n_new:
-            is_new = torch.ones(model.n_items, dtype=torch.bool, device="cpu")
+            is_new = torch.ones(train.n_items, dtype=torch.bool, device="cpu")
             is_new[self.known] = False
             _set_biases(model, train, is_new.to(train.device))
         if self.moments is not None:
@@ -151,8 +152,17 @@ class WarmStart:
         new = torch.zeros_like(weight)
         # as views whose first axis is the items': one copy of rows
         rows, old_rows = (new.t(), old.t()) if axis else (new, old)
-        rows[self.known.to(weight.device)] = old_rows[self.source].to(weight.device)
+        own = _own_items(model)
+        here = (self.known >= own.start) & (self.known < own.stop)
+        known = (self.known[here] - own.start).to(weight.device)
+        rows[known] = old_rows[self.source[here]].to(weight.device)
         return new
+
+
+def _own_items(model: MultiVAE | MultiDAE) -> slice:
+    """The items that a model has, of all of the run."""
+    first = 0 if model.part is None else model.part.first
+    return slice(first, first + model.n_items)
 
 
 def _item_axis(model: MultiVAE | MultiDAE, name: str) -> int | None:
@@ -222,19 +232,34 @@ def _set_biases(model: MultiVAE | MultiDAE, train: Clicks, is_new: Tensor) -> No
 
     sum_u N_u exp(b_i) / (sum_known exp(logits[u]) + sum_new exp(b)) = clicks of i; an item without counts half a one.
     """
-    bias = model.decode.output.bias
-    bias[is_new] = -torch.inf  # out of the sum over known items
+    bias, own = model.decode.output.bias, _own_items(model)
+    bias[is_new[own]] = -torch.inf  # out of the sum over known items
     sample = train.rows(range(0, train.n_users, -(-train.n_users // MAX_USERS)))
-    scorer = BlockScorer(model, sample, 1, None, keep_seen=True)
-    lse = torch.cat([scorer.scores(start).double().logsumexp(1) for start in scorer.starts])
+    lse = _logsumexp(model, sample)
     part = train.compact()
     values = None if part.values is None else part.values.double()
-    counts = torch.bincount(part.indices, values, model.n_items).double().clamp_min(0.5)
-    share = counts[is_new] / counts.sum()
+    counts = torch.bincount(part.indices, values, train.n_items).double().clamp_min(0.5)
+    shares = counts / counts.sum()
+    share = shares[is_new]
     n_clicks = sample.row_sums().double()
     known, weight = (lse - lse.max()).exp(), n_clicks / n_clicks.sum()
     new = torch.zeros_like(weight[0])
     # the new items take from the known ones what makes room for them; each round brings the sums nearer by their share
     for _ in range(ROUNDS):
         new = share.sum() / (weight / (known + new)).sum()
-    bias[is_new] = (share.log() - (weight / (known + new)).sum().log() + lse.max()).float()
+    ours = shares[own][is_new[own]]
+    bias[is_new[own]] = (ours.log() - (weight / (known + new)).sum().log() + lse.max()).float()
+
+
+def _logsumexp(model: MultiVAE | MultiDAE, clicks: Clicks) -> Tensor:
+    """Of the logits of each user, over the items of all processes, float64 [n_users]."""
+    if model.part is None:
+        scorer = BlockScorer(model, clicks, 1, None, keep_seen=True)
+    else:
+        from ._parallel_scores import RangeScorer
+
+        scorer = RangeScorer(model.part, model, clicks, 1, None, True)
+    lse = torch.cat([scorer.scores(start).double().logsumexp(1) for start in scorer.starts])
+    if model.part is None:
+        return lse
+    return torch.stack(model.part.processes.gather(lse)).logsumexp(0)

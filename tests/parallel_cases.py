@@ -7,11 +7,11 @@ import shutil
 import torch
 import torch.distributed as dist
 from helpers import Fixed, random_clicks
-from training import IDS, N_ITEMS, learnable, model, weights
+from training import IDS, LATER, N_ITEMS, later_clicks, learnable, model, weights
 
 from fastvae import MultiDAE, MultiVAE, evaluate, fit
 from fastvae.parallel import ItemPart, Processes
-from fastvae.parallel_trainer import UsersStep
+from fastvae.parallel_trainer import ItemsStep, UsersStep
 from fastvae.step import GraphedStep
 
 SIZES, CUTS = (1, 2, 3, 4), ("users", "items")
@@ -20,14 +20,15 @@ MODELS = {"vae": MultiVAE, "dae": MultiDAE}
 FIT = {"epochs": 5, "batch_size": 33, "total_anneal_steps": 0, "lr": 1e-2}
 
 
-def noisy(kind):
+def noisy(kind, n_items=N_ITEMS):
     """A model that draws all there is: clicks, noise, hidden units."""
     torch.manual_seed(0)
-    return MODELS[kind]([8, 16, N_ITEMS], dropout_enc=[0.5, 0.3], dropout_dec=[0.0, 0.3])
+    return MODELS[kind]([8, 16, n_items], dropout_enc=[0.5, 0.3], dropout_dec=[0.0, 0.3])
 
 
 # of checkpoints in one file and in parts: which number of processes goes on with what which other has written
 GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 1}}
+CLIP = 0.1  # far below the norms that there are
 IN_PARTS = {"checkpoint_bytes": 0, "items": IDS}
 
 
@@ -59,15 +60,24 @@ def gone_on(folder, form, size, group):
     return trained("vae", f"{folder}/{copy}", 7, True, options, **shared)
 
 
-def few_items(**shared):
+def few_items(clip_grad_norm=None, **shared):
     """Fewer items than processes."""
     torch.manual_seed(0)
     net = MultiVAE([2, 4, 3])
-    fit(net, random_clicks([1, 2, 0, 3, 2], 3), epochs=3, batch_size=2, **shared)
+    options = {"epochs": 3, "batch_size": 2, "lr": 0.1, "clip_grad_norm": clip_grad_norm}
+    fit(net, random_clicks([1, 2, 0, 3, 2], 3), **options, **shared)
     return weights(net)
 
 
-def step_of(cut, group, batch):
+def begun_with(run, **shared):
+    """Weights after an epoch that begins with those and the moments of a run of other items."""
+    torch.manual_seed(9)
+    net = noisy("vae", len(LATER))
+    fit(net, later_clicks(), items=LATER, warm_start=run, **FIT | {"epochs": 1}, **shared)
+    return weights(net)
+
+
+def step_of(cut, group, batch, max_norm=None):
     """Weights after one update of plain SGD at a rate of 1, whose change is the gradient, and nll and kld."""
     net = noisy("vae")
     before = weights(net)
@@ -75,9 +85,9 @@ def step_of(cut, group, batch):
     net.train()
     torch.manual_seed(3)
     if cut is None:
-        terms = GraphedStep(net, optimizer)(batch, beta=0.2)
+        terms = GraphedStep(net, optimizer, max_norm=max_norm)(batch, beta=0.2)
     elif cut == "users":
-        step = UsersStep(net, optimizer, Processes("fit", cut, group))
+        step = UsersStep(net, optimizer, Processes("fit", cut, group), max_norm=max_norm)
         step._net.register_comm_hook(group, mean_of_bucket)
         terms = step(batch, beta=0.2)
     else:
@@ -85,7 +95,7 @@ def step_of(cut, group, batch):
         part.cut(net)
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
         SENT.clear()
-        terms = GraphedStep(net, optimizer, cuda_graph=False)(part.clicks(batch), beta=0.2)
+        terms = ItemsStep(net, optimizer, part, max_norm=max_norm)(part.clicks(batch), beta=0.2)
         sent = list(SENT)
         part.join(net)
         SENT[:] = sent
@@ -183,6 +193,8 @@ def process(rank, port, folder):
                     "vae", run_dir, options=FIT | IN_PARTS, **shared
                 )
             found["few", cut, size] = few_items(**shared)
+            found["clipped fit", cut, size] = few_items(CLIP, **shared)
+            found["clipped", cut, size] = step_of(cut, groups[size], batch, CLIP)
             found["tied", cut, size] = tied_items(**shared)
             with counting():
                 found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
@@ -190,6 +202,10 @@ def process(rank, port, folder):
         for size, form in itertools.product(SIZES, GOES_ON):
             if rank < size:
                 found["on", form, size] = gone_on(folder, form, size, groups[size])
+        for size, cut in itertools.product(SIZES, CUTS):
+            if rank < size:
+                shared = {"parallel": cut, "group": groups[size]}
+                found["warm", cut, size] = begun_with(f"{folder}/vae-parts-3", **shared)
         found["messages"] = messages(groups[4], rank)
         found["ties"] = ties(groups[4])
         torch.save(found, f"{folder}/{rank}.pt")

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_cases import (
+    CLIP,
     CUTS,
     FIT,
     GOES_ON,
     MODELS,
     SIZES,
+    begun_with,
     few_items,
     process,
     step_of,
@@ -110,6 +112,34 @@ def test_a_gradient_of_every_weight_is_that_of_one_process(ranks, cut, size):
         gradients, found, _ = ranks[rank]["step", cut, size]
         torch.testing.assert_close(found, terms, rtol=1e-6, atol=0)
         assert_close(gradients, expected, 1e-5)
+
+
+@EACH
+def test_gradients_are_clipped_by_the_norm_of_all(ranks, cut, size):
+    batch = learnable()[0].rows([5, 7, 2, 2, 90])
+    expected, _ = step_of(None, None, batch, CLIP)
+    norm = torch.cat([g.flatten() for g in expected.values()]).norm()
+    assert norm == pytest.approx(CLIP, rel=1e-4)
+    once = few_items(CLIP)
+    assert not torch.allclose(
+        once["decode.p_layers.linear_1.weight"],
+        few_items()["decode.p_layers.linear_1.weight"],
+        rtol=1e-3,
+    )
+    for rank in range(size):
+        assert_close(ranks[rank]["clipped", cut, size][0], expected, 1e-5)
+        assert_close(ranks[rank]["clipped fit", cut, size], once, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def begun(ranks, folder):
+    return begun_with(folder / "vae-parts-3")
+
+
+@EACH
+def test_a_warm_start_takes_over_what_one_process_does(ranks, begun, cut, size):
+    for rank in range(size):
+        assert_close(ranks[rank]["warm", cut, size], begun, 1e-5)
 
 
 @EACH
@@ -334,13 +364,6 @@ def test_without_a_group_or_with_other_words_the_sentence_says_so():
             ValueError, match=f"^{where}: parallel must be one of users, items, got"
         ):
             call(model(), *pair, parallel="rows")
-
-
-def test_a_warm_start_is_not_cut_by_item():
-    with pytest.raises(
-        ValueError, match=r"^fit: warm_start must be None where parallel is items, got "
-    ):
-        fit(model(), learnable()[0], parallel="items", warm_start="run")
 
 
 def test_one_process_imports_nothing_of_this():

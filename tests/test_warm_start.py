@@ -6,7 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from training import IDS, N_ITEMS, assert_equal_weights, learnable, model, weights
+from training import (
+    IDS,
+    LATER,
+    N_ITEMS,
+    assert_equal_weights,
+    later_clicks,
+    learnable,
+    model,
+    weights,
+)
 
 from fastvae import Adam, Clicks, MultiDAE, MultiVAE, fit
 from fastvae.adam import from_file
@@ -14,18 +23,7 @@ from fastvae.checkpoint import read_checkpoint, write_checkpoint
 from fastvae.data import map_items
 from fastvae.warm_start import WarmStart
 
-# others of the 40 in another order, with three that are new; i0 to i4 are gone
-LATER = ["new a", *IDS[:4:-1], "new b", "new c"]
 FAST = {"batch_size": 30, "lr": 0.01, "total_anneal_steps": 0}
-
-
-def later_clicks(seed=1):
-    """The users of learnable() with the items of later: some have clicked on new ones, none on the last."""
-    x = map_items(learnable()[0], IDS, LATER)[0].to_scipy().tolil()
-    rng = np.random.default_rng(seed)
-    x[rng.choice(100, 30, replace=False), 0] = 1
-    x[rng.choice(100, 5, replace=False), len(LATER) - 2] = 1
-    return Clicks.from_matrix(x.tocsr())
 
 
 @pytest.fixture(scope="module")

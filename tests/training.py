@@ -4,9 +4,12 @@ import numpy as np
 import torch
 
 from fastvae import Clicks, MultiVAE
+from fastvae.data import map_items
 
 N_ITEMS = 40
 IDS = [f"i{n}" for n in range(N_ITEMS)]
+# others of the 40 in another order, with three that are new; i0 to i4 are gone
+LATER = ["new a", *IDS[:4:-1], "new b", "new c"]
 
 
 def learnable(n_users=120, seed=0):
@@ -20,6 +23,15 @@ def learnable(n_users=120, seed=0):
 
     held = rows[100:]
     return clicks(rows[:100]), (clicks([r[::2] for r in held]), clicks([r[1::2] for r in held]))
+
+
+def later_clicks(seed=1):
+    """The users of learnable() with the items of later: some have clicked on new ones, none on the last."""
+    x = map_items(learnable()[0], IDS, LATER)[0].to_scipy().tolil()
+    rng = np.random.default_rng(seed)
+    x[rng.choice(100, 30, replace=False), 0] = 1
+    x[rng.choice(100, 5, replace=False), len(LATER) - 2] = 1
+    return Clicks.from_matrix(x.tocsr())
 
 
 def model(seed=0, make=MultiVAE):
