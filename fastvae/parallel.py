@@ -32,7 +32,7 @@ from .ops._linear import is_only
 from .ops._nll_steps import NllSteps
 
 PARALLEL = ("users", "items")
-BLOCK_BYTES = 2**26  # of a weight that is made whole, gathered at once
+BLOCK_BYTES = 2**24  # of a weight that is made whole, or summed up, at once
 
 
 class Processes:
@@ -125,14 +125,20 @@ class Processes:
 
     def check_same(self, what: str, weights: list[Tensor], advice: str) -> None:
         """RuntimeError where weights that all processes hold differ between them, with what to do."""
-        bits = [row_major(w.detach()).view(torch.int32) for w in weights]
-        found = self.gather(torch.stack([b.sum() for b in bits]))
+        found = self.gather(torch.stack([_sum_of_bits(w.detach()) for w in weights]))
         other = next((r for r, sums in enumerate(found) if not sums.equal(found[0])), None)
         if other is not None:
             raise RuntimeError(
                 f"fit: {what} must be the same in all processes, got another in process {other} than in process 0; "
                 f"{advice}"
             )
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    bits = row_major(weight).view(torch.int32).reshape(-1)
+    # some at a time: on a CPU sum makes a copy in int64
+    parts = bits.split(BLOCK_BYTES // bits.itemsize)
+    return torch.stack([part.sum() for part in parts]).sum()
 
 
 class _Summed(torch.autograd.Function):

@@ -19,6 +19,7 @@ from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .evaluate import evaluate
 from .models import MultiDAE, MultiVAE
+from .ops._buffers import release
 from .parallel import ItemPart, Processes, check_cuttable, sharing
 from .run_folder import METRIC, RunFolder
 from .step import GraphedStep
@@ -144,8 +145,9 @@ class ParallelTrainer(Trainer):
     def _join(self) -> None:
         if self.part is not None:
             # what is as large as the weights goes before they come
-            self.optimizer.state.clear()
             self.best_weights = None
+            del self.optimizer, self.step, self.weights
+            release()
             self.part.join(self.model)
 
     def _agreed(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
@@ -315,6 +317,8 @@ class Several:
     ):
         self.processes = Processes("fit", parallel, group)
         self.checkpoint_bytes = checkpoint_bytes
+        # a group of one has nothing to share, and the loss in steps takes more passes
+        self._is_one = self.processes.size == 1
         if cuda_graph:
             raise ValueError(
                 "fit: cuda_graph must be None or False where parallel is given, got True"
@@ -326,10 +330,12 @@ class Several:
         """Whether this process shows what it does."""
         return self.processes.rank == 0
 
-    def run_folder(self, *args: Any) -> SharedRunFolder:
+    def run_folder(self, *args: Any) -> RunFolder:
         """As RunFolder."""
+        if self._is_one:
+            return RunFolder(*args)
         return SharedRunFolder(self.processes, self.checkpoint_bytes, *args)
 
-    def trainer(self, *args: Any) -> ParallelTrainer:
+    def trainer(self, *args: Any) -> Trainer:
         """As Trainer."""
-        return ParallelTrainer(self.processes, *args)
+        return Trainer(*args) if self._is_one else ParallelTrainer(self.processes, *args)

@@ -36,6 +36,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return buffer
 
 
+def release() -> None:
+    """Keep none of them: what somebody still holds goes when they let it go."""
+    with _lock:
+        _pool.clear()
+
+
 def _take(numel: int, dtype: torch.dtype) -> Tensor:
     kept = _pool.setdefault(dtype, [])
     # the tightest fit first: a large one given to a small request is missing at the next large one
