@@ -217,7 +217,8 @@ def test_another_number_of_processes_goes_on_as_without_a_break(ranks, longer, f
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES)
+# one process alone writes one file
+@pytest.mark.parametrize("size", SIZES[1:])
 def test_a_checkpoint_in_parts_holds_what_one_file_does(ranks, folder, size):
     run, plain = (folder / f"vae-{name}-{size}" for name in ("parts", "items"))
     assert read_config(run) == read_config(plain)
