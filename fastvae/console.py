@@ -101,6 +101,10 @@ def note_doubts(log: Events) -> None:
 
 
 def _note_times(source: dict[str, Any]) -> None:
+    if "time_of_all" in source:
+        note(
+            f"all events have the same time, {source['time_of_all']}; clicks of one time are put in order at random by --seed"
+        )
     if source.get("times_for_none"):
         note(
             f"{source['times_for_none']:,} events have the time 0 or -1 where the others are since 1970; they count as "

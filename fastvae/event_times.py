@@ -50,11 +50,15 @@ def check_times(
 
     times, is_kept  [n] float64, and bool: events that are dropped for other reasons do not count
     column          where they are, for the message
-    returns         those, and for info["source"]: their number, and number and first of the times far from the others
+    returns         those, and for info["source"]: their number, number and first of the times far from the others, or the
+                    time that all have
 
     Where most are not since 1970, or a tenth lies elsewhere, the numbers may be anything, and nothing is said of them.
     Raises: ValueError where times are of several units: seconds would come before all milliseconds, whenever they were.
     """
+    kept = times[is_kept]
+    if len(kept) > 1 and kept.min() == kept.max():
+        return np.zeros(len(times), bool), {"time_of_all": _text(kept[0], is_dates)}
     unit = np.full(len(times), -1, np.int8)
     for k, (low, _) in enumerate(_UNITS):
         unit[(times >= low) & (times < _LATEST * low)] = k

@@ -393,6 +393,16 @@ def test_a_split_that_holds_nothing_out_says_so(tmp_path, run):  # noqa: F811
     assert code == 2 and err.endswith("; prepare it with a larger --held-out-fraction\n")
 
 
+def test_one_time_for_all_events_is_pointed_out(tmp_path, run):  # noqa: F811
+    for time in (0, 1_600_000_000):
+        log = read_times(tmp_path / "log.csv", [time] * 40)
+        assert log.times.tolist() == [time] * 40
+        code, _, err = run("prepare", tmp_path / "log.csv", tmp_path / "data", "--split", "time")
+        assert code == 0 and err == (
+            f"all events have the same time, {time}; clicks of one time are put in order at random by --seed\n"
+        )
+
+
 def test_a_column_without_a_time_is_refused_with_its_first_text(tmp_path):
     with pytest.raises(ValueError) as raised:
         read_times(tmp_path / "log.csv", ["", *[f"{day:02}.01.2020" for day in range(1, 40)]])
