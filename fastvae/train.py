@@ -33,7 +33,7 @@ from .evaluate import unseen
 from .models import MultiDAE, MultiVAE
 from .progress import ProgressBar
 from .run_folder import RunFolder, planned_in
-from .schedules import LR_SCHEDULES, beta_at
+from .schedules import LR_SCHEDULES, PLATEAU_EPOCHS, beta_at
 from .step import check_gradients, check_trainable, precisions, wants_graph
 from .trainer import FitResult, OnEpoch, Settings, Trainer, epoch_order
 from .warm_start import WarmStart
@@ -235,6 +235,11 @@ def _settled(
     """What depends on the size of the data, and all settings, checked."""
     anneal_cap = check_number("fit", "anneal_cap", anneal_cap, 0)
     plan = _planned(n_users, validation, anneal_cap, preset, given, resumed, warm)
+    if lr_schedule == "plateau" and 0 < plan.patience <= PLATEAU_EPOCHS:
+        raise ValueError(
+            f"fit: patience must be 0 or above {PLATEAU_EPOCHS} where lr_schedule is plateau, which waits as long before it "
+            f"lowers lr, got {plan.patience}"
+        )
     lr_steps = _lr_steps(lr_schedule, validation, plan.updates(n_users), resumed)
     if clip_grad_norm is not None:
         clip_grad_norm = check_number("fit", "clip_grad_norm", clip_grad_norm, 0, above=True)

@@ -346,7 +346,7 @@ def test_times_of_no_unit_are_left_as_they_are(times, tmp_path):
 @pytest.mark.parametrize("as_dates", [False, True], ids=["numbers", "dates"])
 def test_0_and_minus_1_are_no_times_among_times_since_1970(as_dates, tmp_path, run):  # noqa: F811
     times = list(SECONDS)
-    for n, second in ((3, 0), (13, -1), (23, 86_400)):
+    for n, second in ((3, 0), (13, -1), (23, 864_000)):
         times[n] = second
     if as_dates:
         times = [datetime.fromtimestamp(second, timezone.utc).isoformat() for second in times]
@@ -362,7 +362,8 @@ def test_0_and_minus_1_are_no_times_among_times_since_1970(as_dates, tmp_path, r
         1,
     )
     assert code == 0 and " 2 " in next(line for line in out.splitlines() if "no time" in line)
-    far = "1970-01-02T00:00:00.000000" if as_dates else "86400"
+    # as microseconds this is a number of milliseconds since 1970 too
+    far = "1970-01-11T00:00:00.000000" if as_dates else "864000"
     assert err.splitlines() == [
         "2 events have the time 0 or -1 where the others are since 1970; they count as events without a time",
         f"1 events have a time far from the others, such as {far}, and are put in order all the same; the others lie "

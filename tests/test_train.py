@@ -189,6 +189,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(tmp_path):
         ({"preset": "fast"}, ValueError, "fit: preset must be one of auto, paper, got 'fast'"),
         ({"lr_schedule": "linear"}, ValueError, "fit: lr_schedule must be one of constant, cosine, plateau, got 'linear'"),
         ({"lr_schedule": "plateau"}, ValueError, "fit: lr_schedule must be constant or cosine without validation, got plateau"),
+        (
+            {"lr_schedule": "plateau", "patience": 3, "validation": learnable()[1]}, ValueError,
+            "fit: patience must be 0 or above 3 where lr_schedule is plateau, which waits as long before it lowers lr, got 3",
+        ),
         ({"weight_decay": -0.1}, ValueError, "fit: weight_decay must be a finite number of at least 0, got -0.1"),
         ({"clip_grad_norm": 0}, ValueError, "fit: clip_grad_norm must be a finite number above 0, got 0"),
         ({"precision": "fp16"}, ValueError, "fit: precision must be one of fp32, bf16, got 'fp16'"),
