@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from fastvae import MultiVAE, step
+from fastvae import MultiVAE
 from fastvae.kernels import tiles
 from fastvae.ops import _dispatch, _linear
 from fastvae.synthetic import synthetic_clicks
@@ -118,22 +118,11 @@ def trainer(precision: str, n_items: int = 2_011, batch_size: int = 32) -> tuple
 def step_launches(precision: str) -> list[str]:
     """The launches of one captured step: forward, backward, optimiser and the running sums."""
     run, clicks = trainer(precision)
-    run.step.wants_graph = True
-    with counted_launches() as names, _patched((step, "Beside", InOrder)):
+    with counted_launches() as names:
         run.step._compute(clicks)  # an optimiser makes its state at its first step
         names.clear()
         run.step._compute(clicks)
     return names
-
-
-class InOrder(contextlib.nullcontext):
-    """Stands in for a stream beside the others."""
-
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-
-    def join(self) -> None:
-        """Nothing to wait for."""
 
 
 def main(arguments: list[str]) -> None:

@@ -172,8 +172,9 @@ def _linear_multinomial_nll(n_users: int, csr, options) -> Iterator[Search]:
         )
 
         def run(tile, fused=True, hidden=hidden, weight=weight, d=d):
+            chosen = {"tile" if fused else "row_tile": tile}
             return linear_multinomial_nll.exp_rows(
-                hidden, weight, None, csr, options.items, d, fused=fused, tile=tile
+                hidden, weight, None, csr, options.items, d, fused=fused, **chosen
             )[0]
 
         name = f"linear_multinomial_nll {kind} {n_users} users"

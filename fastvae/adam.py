@@ -94,29 +94,20 @@ class Adam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._step_weights(group, [p for p in group["params"] if p.grad is not None])
+            # one launch for each device; torch takes what the kernel does not
+            places: dict[torch.device | bool, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    place = weight.device if _takes_kernel(weight) else _has_no_gap(weight)
+                    places.setdefault(place, []).append(weight)
+            if group["weight_decay"]:
+                _decay(group, [weight for weights in places.values() for weight in weights])
+            for place, weights in places.items():
+                if isinstance(place, torch.device):
+                    self._step_by_kernel(group, weights)
+                else:
+                    self._step_by_torch(group, weights, fused=place)
         return loss
-
-    @torch.no_grad()
-    def step_of(self, weight: Tensor) -> None:
-        """The step of one weight, whose gradient is there before the others'."""
-        for group in self.param_groups:
-            if any(weight is p for p in group["params"]):
-                self._step_weights(group, [weight])
-
-    def _step_weights(self, group: dict[str, Any], trained: list[Tensor]) -> None:
-        # one launch for each device; torch takes what the kernel does not
-        places: dict[torch.device | bool, list[Tensor]] = {}
-        for weight in trained:
-            place = weight.device if _takes_kernel(weight) else _has_no_gap(weight)
-            places.setdefault(place, []).append(weight)
-        if group["weight_decay"] and trained:
-            _decay(group, trained)
-        for place, weights in places.items():
-            if isinstance(place, torch.device):
-                self._step_by_kernel(group, weights)
-            else:
-                self._step_by_torch(group, weights, fused=place)
 
     def _step_by_kernel(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         with needing_triton("Adam"):

@@ -1,4 +1,4 @@
-"""CUDA graphs of training steps: capture and replay, and work beside the captured stream."""
+"""CUDA graphs of training steps: capture and replay, and what a graph asks of an optimiser."""
 
 from __future__ import annotations
 
@@ -35,33 +35,13 @@ class Graph:
         return self.terms
 
 
-class Beside:
-    """Launches inside go to a stream of their own, behind what has been launched so far; join waits for them."""
-
-    def __init__(self, device: torch.device):
-        # of the lowest priority: the few programs of the other stream's launches need not queue behind its thousands
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def __enter__(self) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._inside = torch.cuda.stream(self.stream)
-        self._inside.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inside.__exit__(*error)
-
-    def join(self) -> None:
-        """What is launched from now on comes after what was launched inside."""
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-
-
 def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The launches of run() as one CUDA graph, and what replays them; run itself has no effect yet."""
     graph = torch.cuda.CUDAGraph()
     before = torch.cuda.current_stream(device)
     try:
         # a stream of this device: torch's own choice stays on the GPU of the process's first capture
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device, priority=-1)):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             run()
     finally:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own behind

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ._checks import check_catalogue, check_choice, check_flag, check_number
 from ._draws import own_generator
-from ._last_layer import has_last_layer
 from ._shadows import captured
 from .adam import Adam
 from .clicks import Clicks, dtype_name
-from .cuda_graph import Beside, Graph, address_of, capturable, check_capturable, wants_graph
+from .cuda_graph import Graph, address_of, capturable, check_capturable, wants_graph
 from .models import MultiDAE, MultiVAE
+from .ops.linear_multinomial_nll import gradients_as_they_come
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 WARM_UP = 3  # equal steps that run eagerly before the next is captured: a capture cannot compile
@@ -175,12 +175,14 @@ class GraphedStep:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
             ):
-                nll, kld = self._losses(clicks)
+                # Adam takes gradients as they come; for torch's optimisers they would be laid out anew
+                ours = isinstance(self.optimizer, Adam)
+                with gradients_as_they_come() if ours else contextlib.nullcontext():
+                    nll, kld = self._losses(clicks)
             terms = self._totals(nll.detach(), kld.detach())
             if not nll.is_cuda:
                 self._check(terms, len(clicks))
-            with self._last_weight_beside(weights):
-                self._differentiate(nll, kld, weights, len(clicks))
+            self._differentiate(nll, kld, weights, len(clicks))
             if not isinstance(self.optimizer, Adam):
                 lay_out_gradients(weights)
             if self.max_norm is not None:
@@ -206,43 +208,6 @@ class GraphedStep:
 
     def _clip(self, weights: list[nn.Parameter], max_norm: float) -> None:
         nn.utils.clip_grad_norm_(weights, max_norm)
-
-    @contextlib.contextmanager
-    def _last_weight_beside(self, weights: list[nn.Parameter]) -> Iterator[None]:
-        """Around the backward: the last weight's update runs beside what is left of it.
-
-        The update moves a half of all weights through memory; what is left is a chain of small launches, which leaves
-        nearly all of the chip and of its memory's bandwidth idle. The eager steps before a capture do it too, as they
-        compile its kernels; where all steps are eager it would only cost the host a launch.
-        """
-        last = self.model.decode.output.weight
-        if not self._splits_update(last, weights):
-            yield
-            return
-        update = Beside(self.device)
-
-        def step(gradient: Tensor) -> None:
-            assert isinstance(self.optimizer, Adam)
-            with update:
-                last.grad = gradient
-                self.optimizer.step_of(last)
-
-        hook = last.register_hook(step)
-        try:
-            yield
-        finally:
-            hook.remove()
-            update.join()
-            last.grad = None
-
-    def _splits_update(self, last: Tensor, weights: list[nn.Parameter]) -> bool:
-        return (
-            self.wants_graph
-            and isinstance(self.optimizer, Adam)
-            and self.max_norm is None  # the norm of all gradients comes first
-            and any(last is p for p in weights)
-            and has_last_layer(self.model)
-        )
 
     def _check(self, terms: Tensor, n_users: int) -> None:
         loss = (terms[0] + self.beta * terms[1]).item() / n_users

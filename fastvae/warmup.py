@@ -16,6 +16,7 @@ from .adam import Adam
 from .clicks import Clicks
 from .models import MultiDAE, MultiVAE
 from .ops._dispatch import needing_triton, traced
+from .ops.linear_multinomial_nll import gradients_as_they_come
 from .step import PRECISIONS, backward_of_mean, matmul_precision
 
 META = torch.device("meta")
@@ -81,16 +82,11 @@ def _step_on_meta(model, sizes: list[int], precision: str, counts: bool, lr: flo
     with matmul_precision(precision), traced(torch.bfloat16 if bf16 else None):
         # twice, since the first step finds no copies by the optimiser yet
         for size in [size for size in sizes for _ in range(2)]:
-            nll, kld = twin.loss_terms(_clicks(size, twin.n_items, counts))
+            with gradients_as_they_come():
+                nll, kld = twin.loss_terms(_clicks(size, twin.n_items, counts))
             beta = torch.empty((), dtype=torch.float32, device=META)
             backward_of_mean(nll, kld, beta, weights)
             optimizer.step()
-            # and as before a CUDA graph: the last weight apart
-            last = twin.decode.output.weight
-            if last.grad is not None:
-                optimizer.step_of(last)
-                last.grad = None
-                optimizer.step()
     twin.eval()
     # validation
     with torch.no_grad(), traced(None):

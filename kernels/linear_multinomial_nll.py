@@ -165,17 +165,18 @@ def empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> T
 
 def exp_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor | None,
-    fused: bool | None = None, tile: tiles.GemmTile | tiles.RowTile | None = None,
+    fused: bool | None = None, tile: tiles.GemmTile | None = None, row_tile: tiles.RowTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """nll and v of some users, and D in d. Arguments are already checked by fastvae.ops.
 
     hidden   [n_users, n_hidden]  fp32, bf16 or fp16; contiguous
     weight   [>= n_items, n_hidden]  dtype of hidden, from cast_weight
-    bias     [n_items]            any float; contiguous, or None
+    bias     [n_items]            any float; contiguous, or None. Padded to the buffer's width and in hidden's dtype, as the
+             weight is, it is added in the product
     csr      the clicks of these users, see kernels/csr.py
     d        [n_users, stored_width] of stored_dtype, to be written; without it nothing of its size is made
     fused    exponentials in our GEMM's epilogue, or the vendor's GEMM and a pass over its result; by the table if None
-    tile     launch configuration of our GEMM, or of the pass; from the table by default
+    tile, row_tile  launch configurations of our GEMM and of the pass, from the table by default
     returns  nll [n_users] fp32 (nats), v [n_users] fp32
     """
     check_rows(csr)
@@ -190,9 +191,9 @@ def exp_rows(
         fused = d is None or tiles.of(hidden.device).fuses(kind, d.shape[1])
     with tiles.device_guard(hidden):
         if fused or d is None:
-            exp_gemm(hidden, weight, bias, csr, n_items, d, results, kind, tile)  # type: ignore[arg-type]
+            exp_gemm(hidden, weight, bias, csr, n_items, d, results, kind, tile)
         else:
-            _product_rows(hidden, weight, bias, csr, n_items, d, results, tile)  # type: ignore[arg-type]
+            _product_rows(hidden, weight, bias, csr, n_items, d, results, row_tile)
     return nll, v
 
 
@@ -200,8 +201,14 @@ def _product_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, csr: Csr, n_items: int, d: Tensor, results: Tensor,
     tile: tiles.RowTile | None,
 ) -> None:  # fmt: skip
-    for piece in pieces(n_items, weight.shape[0]):
-        mm(hidden, weight[piece].t(), out=d[:, piece])
+    wide = bias is not None and len(bias) == len(weight) == d.shape[1]
+    if bias is not None and wide and bias.dtype == hidden.dtype == d.dtype:
+        # by the library's epilogue: the pass would read 160 KB of a bias for each row of 40 KB
+        torch.addmm(bias, hidden, weight.t(), out=d)
+        bias = None
+    else:
+        for piece in pieces(n_items, weight.shape[0]):
+            mm(hidden, weight[piece].t(), out=d[:, piece])
     if weight.shape[0] < d.shape[1]:
         d[:, n_items:].zero_()
     tile = tile or tiles.of(hidden.device).exp_row
@@ -245,10 +252,12 @@ class Gradients:
     hidden [n_users, n_hidden] any float, weight from cast_weight
     needs         whether the gradients of hidden, weight and bias are asked for
     weight_dtype  of the weight's gradient
+    apart         whether the rows of the weight's gradient may lie apart at no cost
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, n_items: int, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype
+        self, hidden: Tensor, weight: Tensor, n_items: int, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
+        apart: bool = False,
     ):  # fmt: skip
         self.hidden, self.weight = hidden.to(weight.dtype).contiguous(), weight
         self.n_items, self.needs, self.weight_dtype = n_items, needs, weight_dtype
@@ -256,7 +265,7 @@ class Gradients:
         if needs[0]:
             self.dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         n_users, n_hidden = hidden.shape
-        self.columns = _columns(n_users, n_hidden, weight.dtype, needs[1], needs[2])
+        self.columns = _columns(n_users, n_hidden, weight.dtype, needs[1], needs[2], apart)
         self.products: list[Tensor | None] = [None] * len(self.columns)
 
     def add(self, part: slice, d: Tensor, v: Tensor, dnll: Tensor) -> None:
@@ -286,17 +295,17 @@ class Gradients:
 
     @staticmethod
     def new_dweight(
-        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype
-    ) -> Tensor:
+        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype, apart: bool
+    ) -> Tensor:  # fmt: skip
         """An empty dweight with its strides: fp32 rows lie as far apart as the product left them."""
         n_users, n_hidden = hidden.shape
-        columns = _columns(n_users, n_hidden, weight.dtype, True, need_bias)[0]
+        columns = _columns(n_users, n_hidden, weight.dtype, True, need_bias, apart)[0]
         width = columns.stop if dtype == torch.float32 else n_hidden
         return weight.new_empty((n_items, width), dtype=dtype)[:, :n_hidden]
 
 
 def _columns(
-    n_users: int, n_hidden: int, dtype: torch.dtype, need_weight: bool, need_bias: bool
+    n_users: int, n_hidden: int, dtype: torch.dtype, need_weight: bool, need_bias: bool, apart: bool
 ) -> list[slice]:
     """Columns of the scaled hidden units for one product each with D^T: the weight's gradient, and the bias'."""
     width = _scaled_width(n_hidden, need_bias)
@@ -304,5 +313,5 @@ def _columns(
         return [slice(n_hidden, width)] if need_bias else []
     # in one product the bias is free, but the weight's rows come to lie apart, and whoever wants them side by side, as
     # torch does for .grad, reads and writes them once more: 8 n_hidden bytes an item. Another product reads D again
-    one = not need_bias or n_users * stored_dtype(dtype).itemsize >= 8 * n_hidden
+    one = apart or not need_bias or n_users * stored_dtype(dtype).itemsize >= 8 * n_hidden
     return [slice(0, width)] if one else [slice(0, n_hidden), slice(n_hidden, width)]

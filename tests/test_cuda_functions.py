@@ -285,12 +285,14 @@ def test_fakes_of_linear_multinomial_nll(way, compute, n_hidden, way_of):
     csr = batch(True, True).csr
     hiddens, weights = layouts(torch.randn(5, n_hidden)), layouts(torch.randn(N_ITEMS, n_hidden))
     for hidden, weight, max_bytes in itertools.product(hiddens, weights, (2**32, 1)):
-        args = (hidden, weight, torch.randn(N_ITEMS), None, *csr, compute, True, max_bytes)
+        bias = torch.randn(N_ITEMS)
+        args = (hidden, weight, bias, None, None, *csr, compute, True, max_bytes)
         promised, given = promises(_LINEAR_MULTINOMIAL_NLL, args)
         assert promised == given
         _, v, d, own = _LINEAR_MULTINOMIAL_NLL.plain(*args)
         used = own if own.numel() else weight
-        for needs in ((True, True, True), (False, True, False), (False, False, True)):
+        needed = ((True, True, True), (False, True, False), (False, False, True))
+        for needs, apart in itertools.product(needed, (False, True)):
             args = (
                 torch.ones(()).expand(5),
                 v,
@@ -301,7 +303,7 @@ def test_fakes_of_linear_multinomial_nll(way, compute, n_hidden, way_of):
                 *csr,
                 N_ITEMS,
             )
-            promised, given = promises(_GRADIENTS, (*args, *needs, torch.float32, max_bytes))
+            promised, given = promises(_GRADIENTS, (*args, *needs, apart, torch.float32, max_bytes))
             assert promised == given
 
 
@@ -321,7 +323,7 @@ def test_the_padding_of_the_buffer_is_written():
     # torch.library.opcheck compares whole results, padding included
     hidden, weight = torch.randn(5, 8), torch.randn(N_ITEMS, 8)
     csr = batch(True, True).csr
-    args = (hidden, weight, None, None, *csr, torch.float32, True, 2**32)
+    args = (hidden, weight, None, None, None, *csr, torch.float32, True, 2**32)
     _, _, d, _ = _LINEAR_MULTINOMIAL_NLL.plain(*args)
     assert d.shape == (5, last_layer.stored_width(N_ITEMS))
     assert not d[:, N_ITEMS:].any()

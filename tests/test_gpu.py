@@ -189,7 +189,7 @@ def test_opcheck():
     for compute in (torch.float32, torch.bfloat16):
         torch.library.opcheck(
             _LINEAR_MULTINOMIAL_NLL.registered,
-            (hidden, last, None, None, *csr, compute, True, 2**32),
+            (hidden, last, None, None, None, *csr, compute, True, 2**32),
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from bench.launches import Launches, step_launches
 
 # as many as there are: the dense model's step has 86 and 67
-LIMITS = {"bf16": 33, "fp32": 38}
+LIMITS = {"bf16": 31, "fp32": 36}
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,7 @@ def test_a_captured_step_launches_few(precision):
         "sample_latent_bwd_kernel",
     ):
         assert names.count(part) == 1
-    # the last weight's beside the rest of the backward, and all others at the end
-    adam = [n for n, name in enumerate(names) if "adam" in name]
-    assert len(adam) == 2 and adam[0] < names.index("sample_latent_bwd_kernel") < adam[1]
+    assert sum("adam" in name for name in names) == 1
 
 
 def test_what_counts_as_a_launch():

@@ -151,11 +151,11 @@ def test_gradcheck_and_opcheck():
     leaves = [t.detach().float().requires_grad_() for t in leaves]
     for compute in (torch.float32, torch.bfloat16):
         torch.library.opcheck(
-            _LINEAR_MULTINOMIAL_NLL.registered, (*leaves, None, *csr, compute, True, 2**32)
+            _LINEAR_MULTINOMIAL_NLL.registered, (*leaves, None, None, *csr, compute, True, 2**32)
         )
     torch.library.opcheck(
         _LINEAR_MULTINOMIAL_NLL.registered,
-        (*(t.detach() for t in leaves), None, *csr, torch.float32, False, 2**32),
+        (*(t.detach() for t in leaves), None, None, *csr, torch.float32, False, 2**32),
     )
 
 

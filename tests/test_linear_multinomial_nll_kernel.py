@@ -287,6 +287,43 @@ def test_a_cast_weight_gives_what_an_uncast_one_gives(fused, n_items, dtype):
 
 
 @FUSED
+@pytest.mark.parametrize("n_items", [PAD - 1, PAD, PAD + 1])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_padded_bias_gives_what_a_plain_one_gives(fused, n_items, dtype):
+    hidden, weight, bias = random_layer(3, n_items, 8, dtype)
+    clicks, width = random_clicks([5, 0, 30], n_items), stored_width(n_items)
+    padded = [weight.new_zeros(width, 8), bias.new_full((width,), 7.0)]
+    for wide, t in zip(padded, (weight, bias), strict=True):
+        wide[:n_items] = t
+    # in the products' dtype it is added before the logits are rounded
+    plain = bias.float() if dtype == torch.bfloat16 else bias
+    results = []
+    for used in ((weight, plain), padded):
+        d = torch.full((3, width), math.nan, dtype=stored_dtype(dtype), device=DEVICE)
+        nll, v = exp_rows(hidden, *used, csr(clicks), n_items, d, fused=fused)
+        assert not d[:, n_items:].any()
+        results.append([nll, d * v[:, None]])
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+
+
+def test_rows_that_may_lie_apart_spare_the_bias_a_product():
+    layer, clicks = random_layer(3, 70, 8), random_clicks([5, 0, 30], 70)
+    hidden, weight, _ = layer
+    _, v, d = forward(layer, clicks, tile=TILE)
+    results = []
+    for apart in (False, True):
+        products = Gradients(hidden, weight, 70, (True, True, True), torch.float32, apart)
+        products.add(slice(0, 3), d, v, torch.ones(3, device=DEVICE))
+        results.append(products.results())
+        assert len(products.products) == 2 - apart
+    assert [r[1].stride(0) for r in results] == [8, 16]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@FUSED
 def test_a_second_backward_and_nothing_written(fused):
     layer = random_layer(5, 70, 8, torch.float16)
     before = [t.clone() for t in layer]

@@ -127,18 +127,6 @@ def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
     assert seen == [(precision == "bf16", "highest")]
 
 
-class Aside(contextlib.nullcontext):
-    """Stands in for a stream beside the captured one; counts what is sent there."""
-
-    used = joined = 0
-
-    def __enter__(self):
-        Aside.used += 1
-
-    def join(self):
-        Aside.joined += 1
-
-
 class Graphs:
     """What stands in for CUDA graphs on a CPU: a capture runs nothing, a replay takes the step as it was recorded."""
 
@@ -155,7 +143,6 @@ class Graphs:
         monkeypatch.setattr(GraphedStep, "_compute", counted)
         monkeypatch.setattr("fastvae.cuda_graph.can_capture", lambda device: True)
         monkeypatch.setattr("fastvae.cuda_graph.capture", self.capture)
-        monkeypatch.setattr("fastvae.step.Beside", Aside)
 
     def capture(self, run, device):
         self.events.append("capture")
@@ -213,27 +200,6 @@ def test_graphs_come_by_themselves_and_equal_eager_steps(
     graphs.events.clear()
     fit(net, train, **options)
     assert graphs.events == events
-    assert_equal_weights(weights(eager), weights(net))
-
-
-@pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
-@pytest.mark.parametrize(
-    ("options", "beside"),
-    [({}, True), ({"weight_decay": 0.1}, True), ({"clip_grad_norm": 1.0}, False)],
-    ids=["plain", "weight-decay", "clipped"],
-)
-def test_the_last_weights_update_beside_the_backward_changes_nothing(
-    graphs, monkeypatch, make, options, beside
-):
-    train, net = random_clicks([5] * 95, N_ITEMS), model(make=make)
-    options |= {"epochs": 2, "batch_size": 10, "total_anneal_steps": 10}
-    eager = eager_twin(net, train, **options)
-    graphs.events.clear()
-    monkeypatch.setattr(Aside, "used", 0)
-    monkeypatch.setattr(Aside, "joined", 0)
-    fit(net, train, **options)
-    steps = len(graphs.events) - graphs.events.count("capture")
-    assert Aside.used == Aside.joined == (steps if beside else 0) and steps == 20
     assert_equal_weights(weights(eager), weights(net))
 
 

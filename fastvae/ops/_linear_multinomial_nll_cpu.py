@@ -99,10 +99,12 @@ class Gradients:
     hidden [n_users, n_hidden] any float, weight from cast_weight
     needs         whether the gradients of hidden, weight and bias are asked for
     weight_dtype  of the weight's gradient
+    apart         whether the rows of the weight's gradient may lie apart, which they do not here
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, n_items: int, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype
+        self, hidden: Tensor, weight: Tensor, n_items: int, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
+        apart: bool = False,
     ):  # fmt: skip
         self.hidden, self.weight = hidden, weight
         total = sum_dtype(weight.dtype)
@@ -128,8 +130,8 @@ class Gradients:
 
     @staticmethod
     def new_dweight(
-        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype
-    ) -> Tensor:
+        hidden: Tensor, weight: Tensor, n_items: int, need_bias: bool, dtype: torch.dtype, apart: bool
+    ) -> Tensor:  # fmt: skip
         """An empty dweight."""
         return weight.new_empty(weight.shape, dtype=dtype)
 

@@ -10,8 +10,11 @@ so that dlogits = g v D and the upstream gradient g is a factor of a row: the ba
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -84,10 +87,12 @@ def linear_multinomial_nll(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
     compute = compute or hidden.dtype
-    # a copy that the optimiser has written already
-    cast = shadow_of(weight) if compute == torch.bfloat16 and uses_kernels(weight) else None
+    cast = cast_bias = None
+    if compute == torch.bfloat16 and uses_kernels(weight):
+        # copies that the optimiser has written already
+        cast, cast_bias = shadow_of(weight), None if bias is None else shadow_of(bias)
     nll = _LINEAR_MULTINOMIAL_NLL(
-        hidden, weight, bias, cast, *clicks.csr, compute, needs_grad, max_bytes
+        hidden, weight, bias, cast, cast_bias, *clicks.csr, compute, needs_grad, max_bytes
     )
     return reduce_users(op, nll, reduction, user_weights)
 
@@ -118,6 +123,20 @@ def _way(t: Tensor) -> _Way:
     return _kernels() if uses_kernels(t) else cpu_way
 
 
+# whether gradients are taken as they come, and the weight's rows may lie apart
+_apart: ContextVar[bool] = ContextVar("fastvae_apart", default=False)
+
+
+@contextlib.contextmanager
+def gradients_as_they_come() -> Iterator[None]:
+    """For the forward of a step whose gradients nobody copies, as torch's own backward would, to lay them out anew."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def _forward(
     way: _Way, hidden, weight, bias, cast, csr: Csr, compute, needs_grad: bool, max_bytes: int
 ):
@@ -143,10 +162,10 @@ def _forward(
 
 
 def _backward_products(
-    way: _Way, dnll, v, d, hidden, weight, bias, csr: Csr, n_items: int, needs, weight_dtype, max_bytes
+    way: _Way, dnll, v, d, hidden, weight, bias, csr: Csr, n_items: int, needs, apart, weight_dtype, max_bytes
 ):  # fmt: skip
     """Gradients for hidden, weight (in weight_dtype) and bias (fp32 at least); None where not needed."""
-    gradients = way.Gradients(hidden, weight, n_items, needs, weight_dtype)
+    gradients = way.Gradients(hidden, weight, n_items, needs, weight_dtype, apart)
     n_users = hidden.shape[0]
     if d.shape[0] == n_users:
         gradients.add(slice(0, n_users), d, v, dnll)
@@ -188,6 +207,7 @@ def _linear_multinomial_nll_cpu(
     weight: Tensor,
     bias: Tensor | None,
     cast: Tensor | None,
+    cast_bias: Tensor | None,
     indptr: Tensor,
     indices: Tensor,
     values: Tensor | None,
@@ -198,25 +218,41 @@ def _linear_multinomial_nll_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll [n_users]; for the backward v [n_users], D [n_users, stored width], and the weight as it was multiplied.
 
-    cast is the weight in compute's dtype as cast_weight gives it, where somebody has it. D has no rows where no
+    cast and cast_bias are weight and bias in compute's dtype and padded, where somebody has them. D has no rows where no
     gradient is needed or it would be over max_bytes; the weight is empty where nothing was cast here.
     """
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):
-        return _forward(cpu_way, hidden, weight, bias, cast, csr, compute, needs_grad, max_bytes)
+        return _forward(
+            cpu_way,
+            hidden,
+            weight,
+            _used(bias, cast_bias),
+            cast,
+            csr,
+            compute,
+            needs_grad,
+            max_bytes,
+        )
 
 
 def _linear_multinomial_nll_cuda(
-    hidden, weight, bias, cast, indptr, indices, values, rows, compute, needs_grad, max_bytes
-):
+    hidden, weight, bias, cast, cast_bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+):  # fmt: skip
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):
-        return _forward(_kernels(), hidden, weight, bias, cast, csr, compute, needs_grad, max_bytes)
+        return _forward(
+            _kernels(), hidden, weight, _used(bias, cast_bias), cast, csr, compute, needs_grad, max_bytes
+        )  # fmt: skip
+
+
+def _used(bias: Tensor | None, cast_bias: Tensor | None) -> Tensor | None:
+    return bias if cast_bias is None else cast_bias
 
 
 def _linear_multinomial_nll_fake(
-    hidden, weight, bias, cast, indptr, indices, values, rows, compute, needs_grad, max_bytes
-):
+    hidden, weight, bias, cast, cast_bias, indptr, indices, values, rows, compute, needs_grad, max_bytes
+):  # fmt: skip
     way = _way(hidden)
     compute = way.compute_dtype(compute)
     n_users, n_items = len(hidden), len(weight)
@@ -246,6 +282,7 @@ def _gradients_cpu(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    apart: bool,
     weight_dtype: torch.dtype,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,19 +290,31 @@ def _gradients_cpu(
     csr, needs = (indptr, indices, values, rows), (need_hidden, need_weight, need_bias)
     with without_autocast(hidden.device):
         gradients = _backward_products(
-            cpu_way, dnll, v, d, hidden, weight, bias, csr, n_items, needs, weight_dtype, max_bytes
+            cpu_way,
+            dnll,
+            v,
+            d,
+            hidden,
+            weight,
+            bias,
+            csr,
+            n_items,
+            needs,
+            apart,
+            weight_dtype,
+            max_bytes,
         )
     return _empty_for_none(gradients, hidden)
 
 
 def _gradients_cuda(
     dnll, v, d, hidden, weight, bias, indptr, indices, values, rows, n_items,
-    need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
+    need_hidden, need_weight, need_bias, apart, weight_dtype, max_bytes,
 ):  # fmt: skip
     csr, needs = (indptr, indices, values, rows), (need_hidden, need_weight, need_bias)
     with without_autocast(hidden.device):
         gradients = _backward_products(
-            _kernels(), dnll, v, d, hidden, weight, bias, csr, n_items, needs, weight_dtype, max_bytes
+            _kernels(), dnll, v, d, hidden, weight, bias, csr, n_items, needs, apart, weight_dtype, max_bytes
         )  # fmt: skip
     return _empty_for_none(gradients, hidden)
 
@@ -277,12 +326,12 @@ def _empty_for_none(gradients, hidden: Tensor):
 
 def _gradients_fake(
     dnll, v, d, hidden, weight, bias, indptr, indices, values, rows, n_items,
-    need_hidden, need_weight, need_bias, weight_dtype, max_bytes,
+    need_hidden, need_weight, need_bias, apart, weight_dtype, max_bytes,
 ):  # fmt: skip
     dweight = dbias = None
     if need_weight:
         dweight = _way(hidden).Gradients.new_dweight(
-            hidden, weight, n_items, need_bias, weight_dtype
+            hidden, weight, n_items, need_bias, weight_dtype, apart
         )
     if need_bias:
         dbias = v.new_empty((n_items,))
@@ -296,28 +345,30 @@ _GRADIENTS = Op(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, cast, *csr, _, _, ctx.max_bytes = inputs
+    hidden, weight, bias, cast, cast_bias, *csr, _, _, ctx.max_bytes = inputs
     _, v, d, own_cast = output
+    ctx.apart, ctx.bias_dtype = _apart.get(), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(v, d, own_cast)
     ctx.set_materialize_grads(False)
     ctx.weight_dtype, ctx.n_items = weight.dtype, weight.shape[0]
     used_weight = cast if cast is not None else own_cast if own_cast.numel() > 0 else weight
-    ctx.save_for_backward(v, d, hidden, used_weight, bias, *csr)
+    ctx.save_for_backward(v, d, hidden, used_weight, _used(bias, cast_bias), *csr)
 
 
 def _backward(ctx, dnll, *_):
     if dnll is None:
-        return (None,) * 11
+        return (None,) * 12
     v, d, hidden, weight, bias, *csr = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = _GRADIENTS(
-        dnll, v, d, hidden, weight, bias, *csr, ctx.n_items, *need, ctx.weight_dtype, ctx.max_bytes
-    )
+        dnll, v, d, hidden, weight, bias, *csr,
+        ctx.n_items, *need, ctx.apart, ctx.weight_dtype, ctx.max_bytes,
+    )  # fmt: skip
     return (
         dhidden if need[0] else None,
         dweight if need[1] else None,
-        dbias.to(bias.dtype) if need[2] else None,
-        *(None,) * 8,
+        dbias.to(ctx.bias_dtype) if need[2] else None,
+        *(None,) * 9,
     )
 
 
