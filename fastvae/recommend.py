@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ._checks import check_catalogue, check_ids, check_integer, first_of
 from .clicks import Clicks
 from .data import map_items
+from .event_table import NoSuchColumn
 from .events import REASONS
 from .frames import events_from_frame, kind_of
 from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
@@ -128,10 +129,17 @@ def recommend(
     Source: Liang et al. 2018, section 2.4; the penalty: Menon et al. 2021 (arXiv:2007.07314), post-hoc adjustment.
     """
     if kind_of(histories) is not None:
-        return recommended_frame(
-            model, histories, k, items, keep_seen=keep_seen, block_size=block_size, allowed=allowed, exclude=exclude,
-            popularity_penalty=popularity_penalty, popularity=popularity,
-        )  # fmt: skip
+        try:
+            return recommended_frame(
+                model, histories, k, items, keep_seen=keep_seen, block_size=block_size, allowed=allowed, exclude=exclude,
+                popularity_penalty=popularity_penalty, popularity=popularity,
+            )  # fmt: skip
+        except NoSuchColumn as error:
+            raise NoSuchColumn(
+                f"recommend: histories must have a column of {error.role}s with a usual name, got none; "
+                "recommend_to_frame takes the names of others",
+                error.role,
+            ) from error
     scorer, k, vocabulary, unknown = _checked(
         model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
         popularity_penalty=popularity_penalty, popularity=popularity,

@@ -209,6 +209,13 @@ def test_recommend_takes_and_gives_frames(kind):
         with pytest.warns(UserWarning):
             expected = recommend_to_frame(model, frame, 2, items=items, **options)
         assert type(found) is type(expected) and found.equals(expected)
+    for rows, role in (({"who": [1], "item": [10]}, "user"), ({"user": [1], "what": [10]}, "item")):
+        with pytest.raises(ValueError) as raised:
+            recommend(model, frames(rows)[kind], items=items)
+        assert str(raised.value) == (
+            f"recommend: histories must have a column of {role}s with a usual name, got none; recommend_to_frame takes the "
+            "names of others"
+        )
     rated = frames(
         {"user": [1, 1, 2, 2, None], "item": [10, 10, 20, 30, 20], "rating": [5, 5, 0, 4, 5]}
     )[kind]

@@ -91,8 +91,12 @@ def prepare(
 
 def _read(path: Path, time: str | None, split: str, options: dict[str, Any]) -> Events:
     """The log, with times where the split goes by them."""
-    if time is None and split == "users":
-        return read_events(path, **options)
+    if split == "users":
+        if time is None:
+            return read_events(path, **options)
+        console.note(
+            "--time only drops events without a time where --split is users; --split time and leave-one-out go by the times"
+        )
     try:
         return read_events(path, **options, time=time or True)
     except NoSuchColumn as error:
