@@ -121,14 +121,6 @@ def _content(path: Path) -> dict[str, Any]:
     return parts | {"meta": meta}
 
 
-def folder_named_in(path: Path) -> str | None:
-    """Name of the folder beside a checkpoint that belongs to it; None where it has none, or is not there."""
-    if not path.exists():
-        return None
-    parts = _content(path).get("meta", {}).get("parts")
-    return parts.get("folder") if isinstance(parts, dict) else None
-
-
 def _take_in(path: Path, parts: dict[str, Any], items: slice | None) -> None:
     """Put the tensors of the folder beside a checkpoint where they belong in it."""
     try:

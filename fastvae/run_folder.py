@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checkpoint_parts import folders_of, remove_folders
+from ._checkpoint_parts import folders_of
 from ._checks import shown
 from ._files import locked, naming, remove_leftovers, write_text
-from .checkpoint import folder_named_in, read_checkpoint, write_checkpoint
+from .checkpoint import read_checkpoint, write_checkpoint
 from .clicks import Clicks
 from .models import MultiDAE, MultiVAE
 
@@ -95,7 +95,9 @@ class RunFolder:
             )
         self._remove_leftovers()
         names = {path.name for path in self.path.iterdir()}
-        names -= {folder.name for folder in folders_of(self.best)}
+        # of a save that was killed; the next save removes them
+        for path in (self.best, self.last):
+            names -= {folder.name for folder in folders_of(path)}
         if names and not (names <= _BEFORE_A_CHECKPOINT and self._is_ours()):
             foreign = sorted(names - _BEFORE_A_CHECKPOINT or names)[:3]
             raise ValueError(
@@ -111,9 +113,6 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         remove_leftovers(self.path, _BEFORE_A_CHECKPOINT | {LAST})
-        for path in (self.best, self.last):
-            if folders_of(path):
-                remove_folders(path, folder_named_in(path))
 
     def _check_resume(self) -> None:
         """ValueError unless the folder holds a run of the same settings."""

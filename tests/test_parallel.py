@@ -31,7 +31,7 @@ from training import IDS, N_ITEMS, learnable, model
 
 import fastvae
 from fastvae import Clicks, MultiVAE, evaluate, fit
-from fastvae.checkpoint import load_model, read_checkpoint
+from fastvae.checkpoint import load_model, read_checkpoint, write_checkpoint
 from fastvae.parallel import ItemPart, Processes
 from fastvae.run_folder import read_config
 
@@ -239,6 +239,24 @@ def same(found, expected):
     assert found.keys() == expected.keys()
     for key, t in expected.items():
         assert torch.equal(found[key], t) and found[key].stride() == t.stride(), key
+
+
+def test_the_command_recommends_from_parts(ranks, folder, tmp_path, monkeypatch):
+    pytest.importorskip("polars")
+    from fastvae import cli
+
+    path = folder / "vae-parts-3" / "best.pt"
+    net, items = load_model(path)
+    write_checkpoint(tmp_path / "plain.pt", net, items)
+    (tmp_path / "log.csv").write_text(
+        "user,item\n" + "".join(f"u{n % 3},i{n}\n" for n in range(20))
+    )
+    for name, run in (("parts.csv", path.parent), ("plain.csv", tmp_path / "plain.pt")):
+        arguments = ["recommend", run, tmp_path / "log.csv", tmp_path / name]
+        monkeypatch.setattr(sys, "argv", ["fastvae", *map(str, arguments)])
+        cli.main()
+    found = (tmp_path / "parts.csv").read_text()
+    assert found == (tmp_path / "plain.csv").read_text() and found.count("\n") == 1 + 3 * 10
 
 
 def test_torch_reads_a_folder_of_parts_too(ranks, folder):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastvae.checkpoint import load_model
+from fastvae.checkpoint import load_model, read_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or sys.platform != "linux", reason="needs torch.distributed on Linux"
@@ -139,3 +139,14 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data, tmp_path):
     more = run(1, "train", data, tmp_path / "run", "--epochs", done + 1, "--resume", *OPTIONS)
     assert more.returncode == 0, more.stderr
     assert len(metrics(tmp_path / "run")) == done + 1
+
+
+def test_ctrl_c_stops_all_with_a_checkpoint(data, tmp_path):
+    process, _ = started(data, tmp_path / "run", 100_000)
+    # a terminal sends it to torchrun, which hands it on
+    process.send_signal(signal.SIGINT)
+    words, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert words.count("--resume goes on") == 1
+    position = read_checkpoint(tmp_path / "run" / "last.pt")["position"]
+    assert position[0] == len(metrics(tmp_path / "run"))
