@@ -2,7 +2,7 @@
 
     python -m bench quality ml100k | ml10m | gowalla | scale | seconds [--into FILE]     all but scale need FASTVAE_DATA
     python -m bench quality defaults    hours; stopped, it goes on where it was. See quality_defaults.py
-    python -m bench quality baselines   a quarter of an hour, likewise: popularity, item-kNN, EASE. See quality_baselines.py
+    python -m bench quality baselines   minutes, likewise: popularity, item-kNN, EASE. See quality_baselines.py
 
 seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before.
 Each writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as

@@ -386,7 +386,7 @@ def test_the_study_of_baselines_checks_with_numbers_of_its_own():
     )
     assert found == pytest.approx(evaluate(popularity, *data.test)["ndcg@100"])
 
-    row = quality_baselines.measure(data, 0, epochs=1)
+    row = quality_baselines.measure(data)
     assert row["check"]["EASE in fp64"] == pytest.approx(row["EASE"]["test"], rel=1e-3)
     assert row["check"]["clicks in both parts and users in train too"] == 0
     best = max(row["EASE"]["validation"].values())
