@@ -3,6 +3,7 @@
     python -m bench quality ml100k | ml10m | gowalla | scale | seconds [--into FILE]     all but scale need FASTVAE_DATA
     python -m bench quality defaults    hours; stopped, it goes on where it was. See quality_defaults.py
     python -m bench quality baselines   minutes, likewise: popularity, item-kNN, EASE. See quality_baselines.py
+    python -m bench quality similar     which items are alike. See quality_similar.py
 
 seconds is for a GPU: the time that fit() takes to a validation NDCG@100 of .355 on ml10m, kernels compiled before.
 Each writes bench/results/quality_<name>.json, or FILE. FASTVAE_DATA is a folder with the click matrices as
@@ -30,6 +31,7 @@ from bench.machine import RESULTS, add, describe, write
 from bench.memory import peak_mib
 from bench.quality_baselines import baselines
 from bench.quality_defaults import defaults
+from bench.quality_similar import similar
 from fastvae import Clicks, Dataset, MultiVAE, evaluate, fit, recommend, reference
 from fastvae.synthetic import synthetic_clicks
 from fastvae.train import beta_at, epoch_order
@@ -218,6 +220,7 @@ STUDIES = {
     "ml10m": ml10m,
     "gowalla": gowalla,
     "seconds": seconds,
+    "similar": lambda: similar(load),
     "toy": toy,
 }
 # that write their file as they go

@@ -24,6 +24,7 @@ from bench import (
     profile,
     pytest_results,
     quality_baselines,
+    quality_similar,
     ratio,
     recbole,
     report,
@@ -457,3 +458,18 @@ def test_one_process_is_compared_in_turns_with_groups_of_one(monkeypatch):
     found = one_process.measure("toy", rounds=2)
     assert found["ratio"] == {"alone": 1, "alone-again": 1, "group": 1, "users": 1, "items": 2}
     assert sorted(map(str, asked[:5])) == sorted(map(str, asked[5:10])) != asked[:5] != asked[5:10]
+
+
+def test_the_study_of_likeness_counts_the_pairs_that_are_found():
+    # both test users folded in item 0; one held out 1, the other 2 and 3
+    pairs = torch.zeros(4, 4, dtype=torch.float64)
+    pairs[0, 1], pairs[0, 2], pairs[0, 3] = 1, 1, 1
+    nearest = torch.tensor([[1, 3], [0, 2], [0, 3], [0, 1]])
+    told = quality_similar._told(nearest, pairs.numpy(), torch.tensor([8.0, 4.0, 2.0, 0.0]))
+    assert told == {"found": 2 / 3, "clicks": 34 / 8, "catalogue": 1.0}
+
+    data = Dataset.from_matrix(synthetic_clicks(200, 60, 3000), 40, 0)
+    rows = quality_similar.measure(data, 0, epochs=1)
+    popular = rows.pop("no cosine: the most popular, whatever i is")
+    assert all(row["clicks"] < popular["clicks"] for row in rows.values())
+    assert popular["catalogue"] == pytest.approx((quality_similar.K + 1) / data.n_items)
