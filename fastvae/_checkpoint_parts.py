@@ -88,23 +88,22 @@ def _save(
     first = processes.share(n_items).start
     # a file for each tensor: torch.load reads it by itself
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
-    try:
-        with naming(folder):
+    axes = {name: axis for name, (_, axis) in tensors.items()}
+    with naming(folder):
+        try:
             saved = dcp.save(
                 {name: t.detach() for name, (t, _) in tensors.items()},
                 storage_writer=writer,
-                planner=_planner(
-                    {name: axis for name, (_, axis) in tensors.items()}, shapes, first
-                ),
+                planner=_planner(axes, shapes, first),
                 process_group=processes.group,
             )
-    except CheckpointException as error:
-        failed = error.failures
-        raise failed[min(failed)][0] from None
+        except CheckpointException as error:
+            failed = error.failures
+            raise failed[min(failed)][0] from None
     if processes.rank == 0:
         sync(folder)
     found: dict[str, dict[str, Any]] = {}
-    for name, (_, axis) in tensors.items():
+    for name, axis in axes.items():
         found[name] = {"shape": shapes[name], "axis": axis, "parts": []}
     for index, place in saved.storage_data.items():
         tensor = found[index.fqn]

@@ -1,15 +1,17 @@
 """What the processes of tests/test_parallel.py do; the same without a group is what they are compared with."""
 
 import contextlib
+import errno
 import itertools
 import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from helpers import Fixed, random_clicks
 from training import IDS, LATER, N_ITEMS, later_clicks, learnable, model, weights
 
-from fastvae import MultiDAE, MultiVAE, evaluate, fit
+from fastvae import MultiDAE, MultiVAE, _checkpoint_parts, evaluate, fit
 from fastvae.parallel import ItemPart, Processes
 from fastvae.parallel_trainer import ItemsStep, UsersStep
 from fastvae.step import GraphedStep
@@ -27,7 +29,7 @@ def noisy(kind, n_items=N_ITEMS):
 
 
 # of checkpoints in one file and in parts: which number of processes goes on with what which other has written
-GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 1}}
+GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 3}}
 CLIP = 0.1  # far below the norms that there are
 IN_PARTS = {"checkpoint_bytes": 0, "items": IDS}
 
@@ -150,6 +152,29 @@ def messages(group, rank):
     return told
 
 
+def full_disk(group, rank, folder):
+    """What a save in parts tells each process where one finds no space, and what it leaves."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    processes, write = Processes("fit", "items", group), FileSystemWriter.write_data
+    own = torch.ones(len(range(10)[processes.share(10)]), 2)
+
+    def write_nothing(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 1:
+        FileSystemWriter.write_data = write_nothing
+    try:
+        with _checkpoint_parts.written(processes, folder / "full.pt", {"model/w": (own, 0)}, 10):
+            told = None
+    except OSError as error:
+        told = str(error)
+    finally:
+        FileSystemWriter.write_data = write
+    dist.barrier(group)
+    return told, sorted(path.name for path in folder.glob("full.pt*"))
+
+
 def ties(group):
     """Metrics of a model whose scores tie, by one process and shared by users."""
     net = Fixed(*([1.0, 2.0] * (N_ITEMS // 2)))
@@ -207,6 +232,7 @@ def process(rank, port, folder):
                 shared = {"parallel": cut, "group": groups[size]}
                 found["warm", cut, size] = begun_with(f"{folder}/vae-parts-3", **shared)
         found["messages"] = messages(groups[4], rank)
+        found["full"] = full_disk(groups[4], rank, Path(folder))
         found["ties"] = ties(groups[4])
         torch.save(found, f"{folder}/{rank}.pt")
     finally:

@@ -272,6 +272,12 @@ def test_torch_reads_a_folder_of_parts_too(ranks, folder):
     assert torch.equal(found[f"model/{name}"], expected[name])
 
 
+def test_a_full_disk_of_one_process_is_told_by_all_and_leaves_nothing(ranks, folder):
+    path = folder / "full.pt.parts-0"
+    for rank in ranks:
+        assert rank["full"] == (f"[Errno 28] No space left on device: '{path}'", [])
+
+
 @pytest.fixture
 def parts(ranks, folder, tmp_path):
     """A run whose checkpoints three processes have written in parts, to be damaged."""
