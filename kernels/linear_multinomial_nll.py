@@ -172,7 +172,7 @@ def exp_rows(
     hidden   [n_users, n_hidden]  fp32, bf16 or fp16; contiguous
     weight   [>= n_items, n_hidden]  dtype of hidden, from cast_weight
     bias     [n_items]            any float; contiguous, or None. Padded to the buffer's width and in hidden's dtype, as the
-             weight is, it is added in the product
+             weight is, it is added in the product of many users
     csr      the clicks of these users, see kernels/csr.py
     d        [n_users, stored_width] of stored_dtype, to be written; without it nothing of its size is made
     fused    exponentials in our GEMM's epilogue, or the vendor's GEMM and a pass over its result; by the table if None
@@ -202,8 +202,10 @@ def _product_rows(
     tile: tiles.RowTile | None,
 ) -> None:  # fmt: skip
     wide = bias is not None and len(bias) == len(weight) == d.shape[1]
-    if bias is not None and wide and bias.dtype == hidden.dtype == d.dtype:
-        # by the library's epilogue: the pass would read 160 KB of a bias for each row of 40 KB
+    many = len(hidden) >= tiles.MANY_USERS
+    if bias is not None and wide and many and bias.dtype == hidden.dtype == d.dtype:
+        # by the library's epilogue: the pass would read 160 KB of a bias for each row of 40 KB. For few users the
+        # library's choice with an epilogue takes longer by more than that
         torch.addmm(bias, hidden, weight.t(), out=d)
         bias = None
     else:

@@ -289,7 +289,9 @@ def test_a_cast_weight_gives_what_an_uncast_one_gives(fused, n_items, dtype):
 @FUSED
 @pytest.mark.parametrize("n_items", [PAD - 1, PAD, PAD + 1])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_a_padded_bias_gives_what_a_plain_one_gives(fused, n_items, dtype):
+def test_a_padded_bias_gives_what_a_plain_one_gives(monkeypatch, fused, n_items, dtype):
+    # of many users the library's product adds it
+    monkeypatch.setattr("fastvae.kernels.tiles.MANY_USERS", 3)
     hidden, weight, bias = random_layer(3, n_items, 8, dtype)
     clicks, width = random_clicks([5, 0, 30], n_items), stored_width(n_items)
     padded = [weight.new_zeros(width, 8), bias.new_full((width,), 7.0)]
@@ -303,7 +305,8 @@ def test_a_padded_bias_gives_what_a_plain_one_gives(fused, n_items, dtype):
         nll, v = exp_rows(hidden, *used, csr(clicks), n_items, d, fused=fused)
         assert not d[:, n_items:].any()
         results.append([nll, d * v[:, None]])
-    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    # a bf16 logit near 10 is rounded by up to .03, with the bias or before it
+    rounding = 0.1 if dtype == torch.bfloat16 else 1e-5
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
 
