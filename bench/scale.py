@@ -1,6 +1,6 @@
 """fit() by 1, 2 and 4 gloo processes of one thread each: step time, bytes sent, peak memory, by users and by items.
 
-python -m bench scale             writes bench/results/scale_cpu.json, row by row; what it has of this commit it keeps
+python -m bench scale             writes bench/results/scale_cpu.json, row by row, each with its commit; rows that are there stay
 python -m bench scale --rehearse  two processes at toy size, printed
 
 A case is a fit() of STEPS batches in fresh processes of its own. Memory is what each adds to itself after its imports.
@@ -301,18 +301,17 @@ def main(arguments: list[str]) -> None:
     rows = result["rows"]
     for case in cases():
         if case.name() not in rows:
-            rows[case.name()] = run([case])[0]
+            rows[case.name()] = run([case])[0] | {"commit": describe()["commit"]}
             print(case.name(), rows[case.name()])
         result["compared"] = compared(rows)
         write(path, result)
     if "one_process" not in result:
-        result["one_process"] = one_process.measure()
+        result["one_process"] = one_process.measure() | {"commit": describe()["commit"]}
         write(path, result)
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    """What the file has from this commit, or a new result."""
-    before, machine = json.loads(path.read_text()) if path.exists() else {}, describe()
-    if before.get("machine", {}).get("commit") == machine["commit"]:
-        return before
-    return {"machine": machine, "note": NOTE, "counted": COUNTED, "rows": {}}
+    """What the file has: a run that was cut short goes on, and a row that is taken out is measured anew."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"machine": describe(), "note": NOTE, "counted": COUNTED, "rows": {}}

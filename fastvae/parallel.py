@@ -32,7 +32,7 @@ from .ops._linear import is_only
 from .ops._nll_steps import NllSteps
 
 PARALLEL = ("users", "items")
-BLOCK_BYTES = 2**24  # of a weight that is made whole, or summed up, at once
+BLOCK_BYTES = 2**22  # of a weight that is made whole, or summed up, at once
 
 
 class Processes:
@@ -80,12 +80,14 @@ class Processes:
         places = whole.split(lengths)
         # some rows at a time: all_gather makes a copy of what it gives
         row_bytes = t.itemsize * math.prod(t.shape[1:]) * self.size
-        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        step = max(1, min(max(lengths), BLOCK_BYTES // max(1, row_bytes)))
+        # and always in the same memory: malloc would keep much of what it gets back
+        own, *found = (t.new_zeros((step, *t.shape[1:])) for _ in range(1 + self.size))
         for start in range(0, max(lengths), step):
-            own = t.new_zeros((min(step, max(lengths) - start), *t.shape[1:]))
             rows = t[start : start + step]
             own[: len(rows)] = rows
-            for place, part in zip(places, self.gather(own), strict=True):
+            self._all_gather(found, own, self.group)
+            for place, part in zip(places, found, strict=True):
                 place[start : start + step] = part[: max(0, len(place) - start)]
         return whole
 

@@ -7,6 +7,7 @@ interrupt, a loss or weights that are not finite, the answer of a callback) is a
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ class ParallelTrainer(Trainer):
             # what is as large as the weights goes before they come
             self.best_weights = None
             del self.optimizer, self.step, self.weights
+            # a torch optimiser is part of circles, through frames that it was made in
+            gc.collect()
             release()
             self.part.join(self.model)
 

@@ -1,5 +1,6 @@
 """What several processes hold: no second copy of a weight where weights are compared or made whole; one alone shares nothing."""
 
+import gc
 import weakref
 
 import pytest
@@ -24,6 +25,14 @@ def group():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def no_luck():
+    """Nothing is collected by chance."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def largest_allocation(call):
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
@@ -38,13 +47,13 @@ def test_weights_are_compared_and_made_whole_some_rows_at_a_time(group, monkeypa
     assert sums == [whole.view(torch.int32).sum()] * 2 + [0]
     compare = largest_allocation(lambda: processes.check_same("model", [whole, whole.t()], ""))
     # as int64
-    assert compare <= 2 * 2**16
+    assert compare <= 2 * 2**16 < whole.nbytes
     joined = processes.joined(whole, n_items)
     assert torch.equal(joined, whole)
     assert largest_allocation(lambda: processes.joined(whole, n_items)) == whole.nbytes
 
 
-def test_what_training_held_is_gone_before_the_weights_are_made_whole(group, monkeypatch):
+def test_what_training_held_is_gone_before_the_weights_are_made_whole(group, no_luck, monkeypatch):
     monkeypatch.setattr(_buffers, "_pool", {})
     settings = Settings(50, 1e-2, 0.2, 0, False, "fp32", 0)
     net, train = model(), learnable()[0]
@@ -54,7 +63,10 @@ def test_what_training_held_is_gone_before_the_weights_are_made_whole(group, mon
     cut = [getattr(layer, name) for layer, name, _ in trainer.part._cut]
     state = trainer.optimizer.state
     held = [weakref.ref(t) for t in (*cut, *(state[p]["exp_avg"] for p in cut))]
-    del cut, state
+    # as the first optimiser of a process is, which imports much of torch
+    circle = [trainer.optimizer]
+    circle.append(circle)
+    del cut, state, circle
     join, alive = ItemPart._set, []
 
     def watched(layer, name, *args):
