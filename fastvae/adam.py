@@ -93,20 +93,21 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # one launch for each device, of all groups that differ in weight_decay alone; torch takes what the kernel does not
+        alike: dict[tuple, tuple[dict[str, Any], list[Tensor]]] = {}
         for group in self.param_groups:
-            # one launch for each device; torch takes what the kernel does not
-            places: dict[torch.device | bool, list[Tensor]] = {}
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    place = weight.device if _takes_kernel(weight) else _has_no_gap(weight)
-                    places.setdefault(place, []).append(weight)
-            if group["weight_decay"]:
-                _decay(group, [weight for weights in places.values() for weight in weights])
-            for place, weights in places.items():
-                if isinstance(place, torch.device):
-                    self._step_by_kernel(group, weights)
-                else:
-                    self._step_by_torch(group, weights, fused=place)
+            trained = [weight for weight in group["params"] if weight.grad is not None]
+            if group["weight_decay"] and trained:
+                _decay(group, trained)
+            for weight in trained:
+                place = weight.device if _takes_kernel(weight) else _has_no_gap(weight)
+                key = (place, _rate_of(group), tuple(group["betas"]), group["eps"])
+                alike.setdefault(key, (group, []))[1].append(weight)
+        for (place, *_), (group, weights) in alike.items():
+            if isinstance(place, torch.device):
+                self._step_by_kernel(group, weights)
+            else:
+                self._step_by_torch(group, weights, fused=place)
         return loss
 
     def _step_by_kernel(self, group: dict[str, Any], weights: list[Tensor]) -> None:
@@ -220,6 +221,12 @@ def _check_group(group: dict[str, Any]) -> None:
             f"Adam: weight_decay must be decoupled, as AdamW's, got {group['weight_decay']} of torch.optim.Adam, which "
             "adds it to the gradient; torch.optim.Adam has that"
         )
+
+
+def _rate_of(group: dict[str, Any]) -> Any:
+    """What tells a group's learning rate from another's; of a tensor, which may change in place, its identity."""
+    lr = group["lr"]
+    return (id(lr),) if isinstance(lr, Tensor) else lr
 
 
 def _decay(group: dict[str, Any], weights: list[Tensor]) -> None:

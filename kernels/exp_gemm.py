@@ -13,14 +13,13 @@ from torch import Tensor
 
 from . import tiles
 from .csr import Csr, click_values, row_clicks, row_sum
+from .exp_row import LOWEST
 from .launch import launch
 from .products import mm, stored_width
 
 N_PROBE = 1024  # items whose largest logit is taken for k
 # that look after raised rows: about two on each multiprocessor of a large chip
 RAISED_PROGRAMS = 256
-# start of a running maximum: unlike -inf it gives no NaN in differences
-LOWEST = tl.constexpr(-3.4e38)
 # a row with a logit this far above k is computed again with its true maximum: exp(40) leaves fp32 and bf16 room for
 # the sum over 2**31 items and, in the backward, for its reciprocal times dnll and hidden
 RAISE_ABOVE = tl.constexpr(40.0)

@@ -29,10 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .csr import Csr, check_rows, click_values, row_clicks, row_sum
-from .exp_gemm import LOWEST, exp_gemm, store_results
+from .csr import Csr, check_rows, row_clicks, row_sum
+from .exp_gemm import exp_gemm, store_results
+from .exp_row import clicked_below, exponentials, largest_logit, subtract_clicks
 from .launch import launch
-from .products import cast_weight, mm, pieces, stored_width
+from .products import cast_weight, logits, mm, pieces, stored_width
 
 __all__ = [
     "Gradients",
@@ -47,21 +48,6 @@ __all__ = [
 ALIGN = 8  # columns of hidden's copy: 16 bytes of bf16
 
 
-@triton.jit
-def _row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED: tl.constexpr, INSIDE: tl.constexpr):
-    """Logits of items i, -inf in the padding; inside the row nothing is masked, so that a thread reads 16 bytes."""
-    if INSIDE:
-        logits = tl.load(row_ptr + i).to(tl.float32)
-        if bias_ptr is not None:
-            logits += tl.load(bias_ptr + i).to(tl.float32)
-    else:
-        logits = tl.load(row_ptr + i, mask=i < N_PADDED, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            logits += tl.load(bias_ptr + i, mask=i < n_items, other=0.0).to(tl.float32)
-        logits = tl.where(i < n_items, logits, -float("inf"))
-    return logits
-
-
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _exp_row_kernel(
     e_ptr,  # in place: logits without bias become D
@@ -72,55 +58,17 @@ def _exp_row_kernel(
 ):  # fmt: skip
     u = tl.program_id(0).to(tl.int64)
     row_ptr = e_ptr + u * N_PADDED
-    lane = tl.arange(0, BLOCK_I)
-    inside = n_items // BLOCK_I * BLOCK_I  # items of whole blocks
-
-    # k, the row's largest logit
-    peak = tl.full([BLOCK_I], LOWEST, tl.float32)
-    for start in range(0, inside, BLOCK_I):
-        logits = _row_logits(row_ptr, bias_ptr, start + lane, n_items, N_PADDED, True)
-        peak = tl.maximum(peak, logits)
-    peak = tl.maximum(peak, _row_logits(row_ptr, bias_ptr, inside + lane, n_items, N_PADDED, False))
-    k = tl.max(peak, axis=0)
-
-    # the clicked logits, while they are there
+    k = largest_logit(row_ptr, bias_ptr, n_items, N_PADDED, BLOCK_I)
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
     n_clicks = row_sum(values_ptr, begin, end, BLOCK_NNZ)
-    nll = tl.zeros([BLOCK_NNZ], tl.float32)
-    for start in range(begin, end, BLOCK_NNZ):
-        n = start + tl.arange(0, BLOCK_NNZ)
-        i = tl.load(indices_ptr + n, mask=n < end, other=0)
-        logits = tl.load(row_ptr + i, mask=n < end, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            logits += tl.load(bias_ptr + i, mask=n < end, other=0.0).to(tl.float32)
-        nll += click_values(values_ptr, n, n < end) * (k - logits)
-
-    # E and S; no thread may write before all have read
-    tl.debug_barrier()
-    sums = tl.zeros([BLOCK_I], tl.float32)
-    for start in range(0, inside, BLOCK_I):
-        i = start + lane
-        e = tl.exp(_row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED, True) - k)
-        e = e.to(e_ptr.dtype.element_ty)
-        sums += e.to(tl.float32)
-        tl.store(row_ptr + i, e)
-    i = inside + lane
-    e = tl.exp(_row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED, False) - k)
-    e = e.to(e_ptr.dtype.element_ty)
-    tl.store(row_ptr + i, e, mask=i < N_PADDED)
-    total = tl.sum(sums + e.to(tl.float32), axis=0)
+    # the clicked logits, while they are there
+    below = clicked_below(row_ptr, bias_ptr, indices_ptr, values_ptr, begin, end, k, BLOCK_NNZ)
+    total = exponentials(row_ptr, bias_ptr, k, n_items, N_PADDED, BLOCK_I)
     per_click = total / tl.maximum(n_clicks, 1e-30)
-    nll_of_row = n_clicks * tl.log(total) + tl.sum(nll, axis=0)
-    store_results(results_ptr, u, n_clicks, total, nll_of_row)
-
+    store_results(results_ptr, u, n_clicks, total, n_clicks * tl.log(total) + below)
     # D, once all of E is there
     tl.debug_barrier()
-    for start in range(begin, end, BLOCK_NNZ):
-        n = start + tl.arange(0, BLOCK_NNZ)
-        e_ptrs = row_ptr + tl.load(indices_ptr + n, mask=n < end, other=0)
-        clicked = tl.load(e_ptrs, mask=n < end, other=0.0).to(tl.float32)
-        clicked -= click_values(values_ptr, n, n < end) * per_click
-        tl.store(e_ptrs, clicked, mask=n < end)
+    subtract_clicks(row_ptr, indices_ptr, values_ptr, begin, end, per_click, BLOCK_NNZ)
 
 
 @triton.jit(do_not_specialize_on_alignment=["dnll_ptr", "v_ptr"])
@@ -209,10 +157,7 @@ def _product_rows(
         torch.addmm(bias, hidden, weight.t(), out=d)
         bias = None
     else:
-        for piece in pieces(n_items, weight.shape[0]):
-            mm(hidden, weight[piece].t(), out=d[:, piece])
-    if weight.shape[0] < d.shape[1]:
-        d[:, n_items:].zero_()
+        logits(hidden, weight, n_items, d)
     tile = tile or tiles.of(hidden.device).exp_row
     indptr, indices, values, rows = csr
     launch(

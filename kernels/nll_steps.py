@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .csr import Csr, check_rows, click_values, row_clicks
-from .exp_gemm import LOWEST
+from . import exp_row, tiles
+from .csr import Csr, check_rows, row_clicks
 from .launch import launch
-from .linear_multinomial_nll import _row_logits
-from .products import mm, pieces
+from .products import logits
 
 
 @triton.jit
@@ -31,15 +29,8 @@ def _largest_logits_kernel(
     N_PADDED: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     u = tl.program_id(0).to(tl.int64)
-    row_ptr = e_ptr + u * N_PADDED
-    lane = tl.arange(0, BLOCK_I)
-    inside = n_items // BLOCK_I * BLOCK_I  # items of whole blocks
-    peak = tl.full([BLOCK_I], LOWEST, tl.float32)
-    for start in range(0, inside, BLOCK_I):
-        logits = _row_logits(row_ptr, bias_ptr, start + lane, n_items, N_PADDED, True)
-        peak = tl.maximum(peak, logits)
-    peak = tl.maximum(peak, _row_logits(row_ptr, bias_ptr, inside + lane, n_items, N_PADDED, False))
-    tl.store(k_ptr + u, tl.max(peak, axis=0))
+    k = exp_row.largest_logit(e_ptr + u * N_PADDED, bias_ptr, n_items, N_PADDED, BLOCK_I)
+    tl.store(k_ptr + u, k)
 
 
 @triton.jit
@@ -54,34 +45,14 @@ def _exponentials_kernel(
     row_ptr = e_ptr + u * N_PADDED
     k = tl.load(k_ptr + u)
 
-    # the clicked logits, while they are there
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
-    below = tl.zeros([BLOCK_NNZ], tl.float32)
-    for start in range(begin, end, BLOCK_NNZ):
-        n = start + tl.arange(0, BLOCK_NNZ)
-        i = tl.load(indices_ptr + n, mask=n < end, other=0)
-        logits = tl.load(row_ptr + i, mask=n < end, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            logits += tl.load(bias_ptr + i, mask=n < end, other=0.0).to(tl.float32)
-        below += click_values(values_ptr, n, n < end) * (k - logits)
-    tl.store(sums_ptr + tl.num_programs(0) + u, tl.sum(below, axis=0))
-
-    # E and S; no thread may write before all have read
-    tl.debug_barrier()
-    lane = tl.arange(0, BLOCK_I)
-    inside = n_items // BLOCK_I * BLOCK_I
-    sums = tl.zeros([BLOCK_I], tl.float32)
-    for start in range(0, inside, BLOCK_I):
-        i = start + lane
-        e = tl.exp(_row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED, True) - k)
-        e = e.to(e_ptr.dtype.element_ty)
-        sums += e.to(tl.float32)
-        tl.store(row_ptr + i, e)
-    i = inside + lane
-    e = tl.exp(_row_logits(row_ptr, bias_ptr, i, n_items, N_PADDED, False) - k)
-    e = e.to(e_ptr.dtype.element_ty)
-    tl.store(row_ptr + i, e, mask=i < N_PADDED)
-    tl.store(sums_ptr + u, tl.sum(sums + e.to(tl.float32), axis=0))
+    # the clicked logits, while they are there
+    below = exp_row.clicked_below(
+        row_ptr, bias_ptr, indices_ptr, values_ptr, begin, end, k, BLOCK_NNZ
+    )
+    tl.store(sums_ptr + tl.num_programs(0) + u, below)
+    total = exp_row.exponentials(row_ptr, bias_ptr, k, n_items, N_PADDED, BLOCK_I)
+    tl.store(sums_ptr + u, total)
 
 
 @triton.jit
@@ -93,12 +64,8 @@ def _subtract_clicks_kernel(
     u = tl.program_id(0).to(tl.int64)
     per_click = tl.load(per_click_ptr + u)
     begin, end = row_clicks(u, indptr_ptr, rows_ptr)
-    for start in range(begin, end, BLOCK_NNZ):
-        n = start + tl.arange(0, BLOCK_NNZ)
-        e_ptrs = e_ptr + u * N_PADDED + tl.load(indices_ptr + n, mask=n < end, other=0)
-        clicked = tl.load(e_ptrs, mask=n < end, other=0.0).to(tl.float32)
-        clicked -= click_values(values_ptr, n, n < end) * per_click
-        tl.store(e_ptrs, clicked, mask=n < end)
+    row_ptr = e_ptr + u * N_PADDED
+    exp_row.subtract_clicks(row_ptr, indices_ptr, values_ptr, begin, end, per_click, BLOCK_NNZ)
 
 
 def largest_logits(
@@ -112,14 +79,11 @@ def largest_logits(
     d        [n_users, stored_width] of stored_dtype
     returns  k [n_users] fp32; the lowest number of all without items
     """
-    k = torch.full((len(hidden),), LOWEST.value, dtype=torch.float32, device=hidden.device)
+    k = torch.full((len(hidden),), exp_row.LOWEST.value, dtype=torch.float32, device=hidden.device)
     if len(hidden) == 0 or n_items == 0:
         return k
     with tiles.device_guard(hidden):
-        for piece in pieces(n_items, len(weight)):
-            mm(hidden, weight[piece].t(), out=d[:, piece])
-        if len(weight) < d.shape[1]:
-            d[:, n_items:].zero_()
+        logits(hidden, weight, n_items, d)
         tile = tiles.of(hidden.device).exp_row
         launch(
             _largest_logits_kernel, (len(hidden),),

@@ -47,3 +47,11 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
             return torch.mm(a, b, out_dtype=torch.float32, out=out)
         a, b = a.float(), b.float()
     return torch.mm(a, b, out=out)
+
+
+def logits(hidden: Tensor, weight: Tensor, n_items: int, d: Tensor) -> None:
+    """Write hidden weight^T into the buffer d [n_users, stored_width], and zeros into its padding."""
+    for piece in pieces(n_items, weight.shape[0]):
+        mm(hidden, weight[piece].t(), out=d[:, piece])
+    if weight.shape[0] < d.shape[1]:
+        d[:, n_items:].zero_()

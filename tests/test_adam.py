@@ -264,6 +264,28 @@ def test_groups_schedules_and_a_tensor_of_a_rate():
         torch.testing.assert_close(by_tensor, torchs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("of_second", "expected"),
+    [
+        pytest.param({"weight_decay": 0.3}, [3], id="decay"),
+        pytest.param({"weight_decay": 0.0}, [3], id="no-decay"),
+        pytest.param({"lr": 0.2}, [2, 1], id="lr"),
+        pytest.param({"betas": (0.8, 0.99)}, [2, 1], id="betas"),
+        pytest.param({"eps": 1e-6}, [2, 1], id="eps"),
+    ],
+)
+def test_groups_that_differ_in_decay_alone_share_a_launch(launches, of_second, expected):
+    weights = weights_of([5, 7, 9])
+    gradients = draw_gradients(weights, 3)
+    ours, theirs = copies(weights, torch.float32), copies(weights, torch.float32)
+    for make, ws in ((Adam, ours), (torch.optim.AdamW, theirs)):
+        groups = [{"params": ws[:2]}, {"params": ws[2:], **of_second}]
+        take_steps(make(groups, lr=0.1, weight_decay=0.1), ws, gradients)
+    assert launches == expected * 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_a_closure_computes_the_gradients():
     weight = nn.Parameter(torch.ones(3, device=DEVICE))
     optimizer = Adam([weight], lr=0.1)
