@@ -24,7 +24,7 @@ from .commands import (
     tune,
     warmup,
 )
-from .commands._processes import are_several, refuse_several
+from .commands._processes import are_several, one_voice, refuse_several
 from .words import in_command_words, name_of, usage_error
 
 app = typer.Typer(
@@ -88,6 +88,7 @@ def _run() -> None:
         _forget_output()
         sys.exit(1)
     except UsageError as error:
+        one_voice()
         _refuse_usage(error, context)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__

@@ -124,12 +124,12 @@ def evaluate(
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     wanted = {name: _parse(name) for name in names}
     _check(model, fold_in, held_out, wanted, block_size, train)
-    if parallel is None:
-        return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, None)
-    from ._parallel_scores import shared_scores
+    share = None
+    if parallel is not None:
+        from ._parallel_scores import shared_scores
 
-    with shared_scores("evaluate", model, parallel, group) as share:
-        return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, share)
+        share = shared_scores("evaluate", model, parallel, group)
+    return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, share)
 
 
 def _evaluated(

@@ -60,6 +60,8 @@ def recommend_to_file(
     exclude: Iterable[Any] | None = None,
     popularity_penalty: float = 0.0,
     popularity: Any = None,
+    parallel: str | None = None,
+    group: Any = None,
 ) -> Written:
     r"""Write the k best items of each user of a click log, with the log's user ids and the model's item ids.
 
@@ -77,6 +79,7 @@ def recommend_to_file(
     histories  what read_events gives, or Dataset.histories; columns are matched with the model's items by id
     items      None means that the model has the items of histories, in their order
     k, keep_seen, allowed, exclude, popularity_penalty, popularity  as in recommend; ids are the model's
+    parallel, group  as in recommend; process 0 alone writes, and what goes wrong there all processes raise
     path, format  as in write_recommendations
 
     Memory does not grow with the number of users. Raises: as recommend and write_recommendations.
@@ -86,14 +89,23 @@ def recommend_to_file(
     k = min(check_integer("recommend", "k", k, 1, None), max(len(vocabulary), 1))
     blocks = recommend_blocks(
         model, known, k, items=vocabulary, keep_seen=keep_seen, allowed=allowed, exclude=exclude,
-        popularity_penalty=popularity_penalty, popularity=popularity,
+        popularity_penalty=popularity_penalty, popularity=popularity, parallel=parallel, group=group,
     )  # fmt: skip
     n_empty: list[int] = []
-    n_users = write_recommendations(
-        path, histories.users, _counting_empty(blocks, n_empty), format=format
-    )
+
+    def write(blocks: Iterable[Recommendations]) -> None:
+        write_recommendations(path, histories.users, blocks, format=format)
+
+    blocks = _counting_empty(blocks, n_empty)
+    if parallel is None:
+        write(blocks)
+    else:
+        from ._parallel_scores import made_by_first
+        from .parallel import Processes
+
+        made_by_first(Processes("recommend", parallel, group), blocks, write)
     return Written(
-        n_users,
+        len(histories.users),
         k,
         n_clicks=histories.x.nnz,
         n_unknown=n_unknown,

@@ -11,12 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
+from .ranking import MIN_ROWS
+
 DatasetArg = Annotated[Path, typer.Argument(help="Dataset folder that fastvae prepare wrote.")]
 RunArg = Annotated[
     Path, typer.Argument(help="Run folder that fastvae train wrote, or a checkpoint file.")
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
+]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        help="Under torchrun: users or items, which the processes share.",
+        show_default=f"users, where each process has {MIN_ROWS}",
+    ),
 ]
 Quirk = Annotated[
     bool,

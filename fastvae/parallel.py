@@ -115,6 +115,10 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
+        self.tell(error)
+
+    def tell(self, error: Exception | None) -> None:
+        """Raise the first error that a process tells in all of them, where one does; collective."""
         told = self.objects(None if error is None else (type(error).__name__, str(error)))
         first = next((rank for rank, failed in enumerate(told) if failed), None)
         if first is None:
@@ -248,21 +252,6 @@ class ItemPart:
             own = getattr(layer, name)
             self._set(layer, name, axis, self.whole(own.detach(), axis), own.requires_grad)
         self._mark(model, None, self.n_items)
-
-    @contextlib.contextmanager
-    def lent(self, model: MultiVAE | MultiDAE) -> Iterator[None]:
-        """For the block, let a whole model compute the range only; its weights stay where they are."""
-        whole = [getattr(layer, name) for layer, name, _ in self._cut]
-        for layer, name, axis in self._cut:
-            view = getattr(layer, name).detach().narrow(axis, self.first, self.last - self.first)
-            setattr(layer, name, nn.Parameter(view, requires_grad=False))
-        self._mark(model, self, self.last - self.first)
-        try:
-            yield
-        finally:
-            for (layer, name, _), weight in zip(self._cut, whole, strict=True):
-                setattr(layer, name, weight)
-            self._mark(model, None, self.n_items)
 
     @staticmethod
     def _set(layer: nn.Linear, name: str, axis: int, t: Tensor, requires_grad: bool) -> None:

@@ -234,9 +234,10 @@ class BlockScorer:
         """First row of each block."""
         return range(0, self.clicks.n_users, self.block_size)
 
-    def scores(self, start: int) -> Tensor:
-        """Masked scores of the block that begins at row start."""
-        stop = min(start + self.block_size, self.clicks.n_users)
+    def scores(self, start: int, stop: int | None = None) -> Tensor:
+        """Masked scores of rows start .. stop, by default of the block that begins at start."""
+        if stop is None:
+            stop = min(start + self.block_size, self.clicks.n_users)
         scores = self.buffer[: stop - start]
         # copied, not masked in place: the logits may be the model's own tensor
         scores[:, : self.n_scored] = self._logits(start, stop)
@@ -255,9 +256,10 @@ class BlockScorer:
         """Items of columns of scores, both int64; -1 stays -1."""
         return columns if self.chosen is None else self.item[columns]
 
-    def best(self, start: int, k: int) -> tuple[Tensor, Tensor]:
-        """top_k of the block that begins at row start."""
-        return top_k(self.scores(start), k)
+    def best(self, start: int, k: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k highest scores of the rows of scores, and their items, as top_k gives them."""
+        values, columns = top_k(self.scores(start, stop), k)
+        return values, self.items(columns)
 
     def _logits(self, start: int, stop: int) -> Tensor:
         batch = block_of(self.clicks, start, stop)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,7 +23,7 @@ from .data import map_items
 from .event_table import NoSuchColumn
 from .events import REASONS
 from .frames import events_from_frame, kind_of
-from .ranking import BlockScorer, check_model, device_of, is_not_finite, top_k
+from .ranking import BlockScorer, check_model, device_of, is_not_finite
 from .rules import rules_of
 
 
@@ -88,6 +88,8 @@ def recommend(
     exclude: Iterable[Any] | None = None,
     popularity_penalty: float = 0.0,
     popularity: Any = None,
+    parallel: str | None = None,
+    group: Any = None,
 ) -> Recommendations | Any:
     """The k items of highest score for each history, without the items in it.
 
@@ -121,6 +123,9 @@ def recommend(
     exclude     items that are never recommended, ids or positions likewise
     popularity_penalty  tau >= 0 in the formula above: less of what is popular; 0, the default, changes nothing
     popularity  for it: the training clicks, whose users per item are counted, or such counts [n_items]
+    parallel    "users" or "items": each process of the group scores its share of them, and all have the whole result,
+                that of one process; called by all of them with the same arguments. None: this process alone
+    group       of torch.distributed; None: the default one
     returns     Recommendations, on the CPU; for a DataFrame one of the same library: user, rank, item and score
 
     Ids that items does not have are ignored and warned about, those of histories counted in n_unknown. Where fewer
@@ -132,7 +137,7 @@ def recommend(
         try:
             return recommended_frame(
                 model, histories, k, items, keep_seen=keep_seen, block_size=block_size, allowed=allowed, exclude=exclude,
-                popularity_penalty=popularity_penalty, popularity=popularity,
+                popularity_penalty=popularity_penalty, popularity=popularity, parallel=parallel, group=group,
             )  # fmt: skip
         except NoSuchColumn as error:
             raise NoSuchColumn(
@@ -141,8 +146,8 @@ def recommend(
                 error.role,
             ) from error
     scorer, k, vocabulary, unknown = _checked(
-        model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
-        popularity_penalty=popularity_penalty, popularity=popularity,
+        model, histories, k, items, keep_seen, block_size, parallel, group, allowed=allowed,
+        exclude=exclude, popularity_penalty=popularity_penalty, popularity=popularity,
     )  # fmt: skip
     blocks = list(_blocks(scorer, k, vocabulary, unknown))
     # torch's default dtype and device are not asked: the result is fp32 on the CPU
@@ -212,6 +217,8 @@ def recommend_blocks(
     exclude: Iterable[Any] | None = None,
     popularity_penalty: float = 0.0,
     popularity: Any = None,
+    parallel: str | None = None,
+    group: Any = None,
 ) -> Iterator[Recommendations]:
     """As recommend, one block of users after the other: memory does not grow with their number.
 
@@ -220,18 +227,19 @@ def recommend_blocks(
     >>> [block.items.tolist() for block in recommend_blocks(Popularity(train), train, 1, block_size=2)]
     [[[2], [0]], [[0]]]
 
-    Arguments are checked at the call, before the first block. Between blocks the model is as it was before.
+    Arguments are checked at the call, before the first block. Between blocks the model is as it was before. With
+    parallel all processes have the same blocks, which each of them must take.
     Raises and Source: as recommend.
     """
     checked = _checked(
-        model, histories, k, items, keep_seen, block_size, allowed=allowed, exclude=exclude,
-        popularity_penalty=popularity_penalty, popularity=popularity,
+        model, histories, k, items, keep_seen, block_size, parallel, group, allowed=allowed,
+        exclude=exclude, popularity_penalty=popularity_penalty, popularity=popularity,
     )  # fmt: skip
     return _blocks(*checked)
 
 
 def _checked(
-    model, histories, k, items, keep_seen, block_size, **rules: Any
+    model, histories, k, items, keep_seen, block_size, parallel, group, **rules: Any
 ) -> tuple[BlockScorer, int, list[Any] | None, np.ndarray]:
     """What _blocks takes, from the arguments of recommend."""
     k = check_integer("recommend", "k", k, 1)
@@ -241,7 +249,12 @@ def _checked(
     vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
     left = rules_of(n_items, vocabulary, **rules)
     clicks, unknown = read_histories("recommend", model, histories, vocabulary, stacklevel=5)
-    scorer = BlockScorer(model, clicks, k, block_size, keep_seen, left)
+    make_scorer: Callable[..., BlockScorer] = BlockScorer
+    if parallel is not None:
+        from ._parallel_scores import shared_scores
+
+        make_scorer = shared_scores("recommend", model, parallel, group).scorer_of_all
+    scorer = make_scorer(model, clicks, k, block_size, keep_seen, left)
     return scorer, k, vocabulary, unknown
 
 
@@ -249,8 +262,7 @@ def _blocks(
     scorer: BlockScorer, k: int, vocabulary: list[Any] | None, unknown: np.ndarray
 ) -> Iterator[Recommendations]:
     for start in scorer.starts:
-        values, columns = top_k(scorer.scores(start), k)
-        values, found = values.cpu(), scorer.items(columns).cpu()
+        values, found = (t.cpu() for t in scorer.best(start, k))
         bad = is_not_finite(values)
         if bad.any():
             raise ValueError(

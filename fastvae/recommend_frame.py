@@ -33,7 +33,7 @@ def recommend_to_frame(
     frame      the users' clicks, a row each, as in events_from_frame
     items      the model's external item ids, as load_model gives them
     user, item  column names, by default recognised
-    **options  of recommend: keep_seen, allowed, exclude, popularity_penalty, ...
+    **options  of recommend: keep_seen, allowed, exclude, popularity_penalty, parallel, ...
     returns    columns user, rank (from 1), item, score: a row for each recommended item; users in the order of their ids,
                which are text here as everywhere
 

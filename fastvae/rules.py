@@ -30,6 +30,15 @@ class Rules:
     columns: Tensor | None = None
     penalty: Tensor | None = None
 
+    def within(self, own: slice) -> Rules:
+        """The same rules for a range of the items, numbered from 0."""
+        columns = self.columns
+        if columns is not None:
+            columns = columns[(columns >= own.start) & (columns < own.stop)] - own.start
+            # an empty range has no item that could stand for the others
+            columns = None if len(columns) == own.stop - own.start else columns
+        return Rules(columns, None if self.penalty is None else self.penalty[own])
+
     def to(self, device: torch.device) -> Rules:
         """The same rules on a device."""
         moved = (t if t is None else t.to(device) for t in (self.columns, self.penalty))

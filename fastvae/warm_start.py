@@ -258,7 +258,7 @@ def _logsumexp(model: MultiVAE | MultiDAE, clicks: Clicks) -> Tensor:
     else:
         from ._parallel_scores import RangeScorer
 
-        scorer = RangeScorer(model.part, model, clicks, 1, None, True)
+        scorer = RangeScorer(model.part.processes, model, clicks, 1, None, True)
     lse = torch.cat([scorer.scores(start).double().logsumexp(1) for start in scorer.starts])
     if model.part is None:
         return lse

@@ -4,14 +4,19 @@ import contextlib
 import errno
 import itertools
 import shutil
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from helpers import Fixed, random_clicks
 from training import IDS, LATER, N_ITEMS, later_clicks, learnable, model, weights
 
-from fastvae import MultiDAE, MultiVAE, _checkpoint_parts, evaluate, fit
+from fastvae import Clicks, MultiDAE, MultiVAE, _checkpoint_parts, evaluate, fit, recommend
+from fastvae._parallel_scores import made_by_first
+from fastvae.events import Events
+from fastvae.export import recommend_to_file
 from fastvae.parallel import ItemPart, Processes
 from fastvae.parallel_trainer import ItemsStep, UsersStep
 from fastvae.step import GraphedStep
@@ -197,6 +202,104 @@ def tied_items(**shared):
     return [evaluate(net, *pair, ["ndcg@40"], **shared).mean for pair in ((fold_in, held_out), few)]
 
 
+RULES = {
+    "none": {},
+    "few of one range": {"allowed": [3, 0, 39, 5]},
+    "all but a few": {"exclude": [0, 1, 20]},
+    "none left": {"allowed": []},
+    "less of the popular": {"popularity_penalty": 0.5, "popularity": range(N_ITEMS)},
+    "seen too": {"keep_seen": True, "exclude": [7]},
+}
+
+
+def with_ties(n_items=N_ITEMS):
+    """A model of which every fifth item has the same scores, in all ranges of the items."""
+    torch.manual_seed(0)
+    net = MultiVAE([2, 16, n_items])
+    with torch.no_grad():
+        for weight in (net.decode.output.weight, net.decode.output.bias):
+            weight.copy_(weight[torch.arange(n_items) % 5 % n_items])
+    return net
+
+
+def lists(**shared):
+    """Items and scores by name, of histories one of which is empty, by uneven blocks and shares."""
+    net, histories = with_ties(), random_clicks([5, 0, 8, 3, 39, 40, 1] * 3, N_ITEMS)
+    found = {
+        (name, k): recommend(net, histories, k, block_size=size, **rules, **shared)
+        for (name, rules), (k, size) in itertools.product(RULES.items(), ((3, None), (200, 4)))
+    }
+    few = random_clicks([1, 2, 0], 3)
+    found |= {n: recommend(with_ties(3), few.rows(range(n)), 2, **shared) for n in range(4)}
+    found["other kind"] = recommend(Fixed(*([2.0, 1.0] * 20)), histories, 30, **by_users(shared))
+    return {key: (each.items, each.scores) for key, each in found.items()}
+
+
+def by_users(shared):
+    return shared | {"parallel": "users"} if shared else shared
+
+
+def written(path, **shared):
+    """What recommend_to_file says that it wrote."""
+    histories, names = random_clicks([5, 0, 40, 3, 9], N_ITEMS), np.arange(N_ITEMS).astype(str)
+    log = Events(histories, np.array(list("abcde")), names, {})
+    return recommend_to_file(path, with_ties(), log, 7, exclude=["3"], **shared)
+
+
+class NanOf(Fixed):
+    """Gives nan for users who have clicked item 0."""
+
+    def forward(self, clicks):
+        return super().forward(clicks).where(clicks.to_dense()[:, :1] == 0, torch.nan)
+
+
+def errors_of_lists(group, folder):
+    """What all processes raise where process 0 cannot write, one has no finite scores, and the model has no layer."""
+    processes, told = Processes("recommend", "users", group), []
+
+    def blocks(bad=None):
+        for n in range(3):
+            if n == bad:
+                raise ValueError("block must be made, got 1")
+            # a collective: it would wait for ever for a process that has left
+            yield float(processes.sum(torch.ones(1)))
+
+    def failing(at):
+        def make(blocks):
+            for n, block in enumerate(blocks):
+                assert block == processes.size
+                if n == at:
+                    raise OSError(f"no space left at block {n}")
+            raise OSError("no space left at the end")
+
+        return make
+
+    shared = {"parallel": "users", "group": group}
+    nobody = Clicks([0, 1, 1, 1, 1, 1], [0], n_items=N_ITEMS)
+    fixed = NanOf(*range(N_ITEMS))
+    for call in (
+        lambda: written(f"{folder}/top.txt", **shared),
+        lambda: made_by_first(processes, blocks(), failing(1)),
+        lambda: made_by_first(processes, blocks(), failing(None)),
+        lambda: made_by_first(processes, blocks(bad=1), failing(2)),
+        lambda: recommend(fixed, nobody, 3, **shared),
+        lambda: recommend(fixed, nobody, 3, **shared | {"parallel": "items"}),
+        lambda: evaluate(fixed, nobody, nobody, **shared | {"parallel": "items"}),
+    ):
+        try:
+            call()
+        except (OSError, ValueError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return [*told, float(processes.sum(torch.ones(1)))]
+
+
+def rows_scored(group):
+    """How many users the model of this process is called with, by users."""
+    net = Fixed(*range(N_ITEMS))
+    recommend(net, random_clicks([1] * 80, N_ITEMS), 3, parallel="users", group=group)
+    return sum(map(len, net.batches))
+
+
 def process(rank, port, folder):
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
@@ -221,6 +324,9 @@ def process(rank, port, folder):
             found["clipped fit", cut, size] = few_items(CLIP, **shared)
             found["clipped", cut, size] = step_of(cut, groups[size], batch, CLIP)
             found["tied", cut, size] = tied_items(**shared)
+            found["lists", cut, size] = lists(**shared)
+            path = f"{folder}/top-{cut}-{size}.csv"
+            found["written", cut, size] = written(path, **shared)
             with counting():
                 found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
         dist.barrier()
@@ -234,6 +340,12 @@ def process(rank, port, folder):
         found["messages"] = messages(groups[4], rank)
         found["full"] = full_disk(groups[4], rank, Path(folder))
         found["ties"] = ties(groups[4])
+        found["errors of lists"] = errors_of_lists(groups[4], folder)
+        found["rows"] = rows_scored(groups[4])
         torch.save(found, f"{folder}/{rank}.pt")
+        # who ends takes along what another has yet to read of it
+        Path(folder, f"{rank}.done").touch()
+        while len(list(Path(folder).glob("*.done"))) < max(SIZES):
+            time.sleep(0.05)
     finally:
         dist.destroy_process_group()

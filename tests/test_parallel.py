@@ -1,4 +1,4 @@
-"""fit and evaluate by one to four gloo processes, by users and by items: the numbers of one process, whatever is cut."""
+"""fit, evaluate and recommend by one to four gloo processes, by users and by items: the numbers of one process, whatever is cut."""
 
 import argparse
 import itertools
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import random_clicks
 from parallel_cases import (
     CLIP,
     CUTS,
@@ -22,17 +23,22 @@ from parallel_cases import (
     SIZES,
     begun_with,
     few_items,
+    lists,
     process,
     step_of,
     tied_items,
     trained,
+    with_ties,
+    written,
 )
 from training import IDS, N_ITEMS, learnable, model
 
 import fastvae
-from fastvae import Clicks, MultiVAE, evaluate, fit
+from fastvae import evaluate, fit, recommend
+from fastvae._parallel_scores import RangeScorer
 from fastvae.checkpoint import load_model, read_checkpoint, write_checkpoint
-from fastvae.parallel import ItemPart, Processes
+from fastvae.parallel import Processes
+from fastvae.ranking import BlockScorer
 from fastvae.run_folder import read_config
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -171,6 +177,61 @@ def test_a_model_of_another_kind_is_shared_by_users(ranks):
     for rank in ranks:
         one, shared = rank["ties"]
         assert shared == one
+
+
+@pytest.fixture(scope="module")
+def lists_alone():
+    return lists()
+
+
+@EACH
+def test_lists_are_those_of_one_process_to_the_bit(ranks, lists_alone, cut, size):
+    for rank in range(size):
+        found = ranks[rank]["lists", cut, size]
+        assert found.keys() == lists_alone.keys()
+        for key, (items, scores) in lists_alone.items():
+            assert torch.equal(found[key][0], items), key
+            assert torch.equal(found[key][1], scores), key
+
+
+def test_the_lists_that_are_compared_have_ties_and_short_ones(lists_alone):
+    items, scores = lists_alone["none", 3]
+    assert (scores[:, 1:] == scores[:, :-1]).any()
+    assert (items < 0).any() and (items >= 20).any()
+
+
+@EACH
+def test_the_file_is_that_of_one_process(ranks, folder, cut, size):
+    expected = written(folder / "top.csv")
+    assert all(ranks[rank]["written", cut, size] == expected for rank in range(size))
+    found = folder / f"top-{cut}-{size}.csv"
+    assert found.read_bytes() == (folder / "top.csv").read_bytes()
+
+
+def test_where_one_process_fails_to_score_or_to_write_all_raise_it(ranks):
+    nan = (
+        "ValueError: recommend: model must give finite scores, got nan or inf for 1 of users 0..4, first for user 0; "
+        "load a checkpoint from before the loss diverged"
+    )
+    by_items = (
+        "parallel must be 'users' for a model that is not a MultiVAE or MultiDAE with a plain last layer, "
+        "got 'items' for NanOf"
+    )
+    for rank in ranks:
+        assert rank["errors of lists"] == [
+            "ValueError: write_recommendations: path must end in .csv, .jsonl or .parquet, got 'top.txt'",
+            "OSError: no space left at block 1",
+            "OSError: no space left at the end",
+            "ValueError: block must be made, got 1",
+            nan,
+            f"ValueError: recommend: {by_items}",
+            f"ValueError: evaluate: {by_items}",
+            4,
+        ]
+
+
+def test_each_process_scores_its_users_alone(ranks):
+    assert [rank["rows"] for rank in ranks] == [20] * 4
 
 
 def test_all_processes_tell_the_same_error(ranks):
@@ -377,7 +438,7 @@ def test_a_run_that_died_before_its_first_last_checkpoint_starts_anew(parts):
 
 def test_without_a_group_or_with_other_words_the_sentence_says_so():
     train, validation = learnable()
-    for call, where in ((fit, "fit"), (evaluate, "evaluate")):
+    for call, where in ((fit, "fit"), (evaluate, "evaluate"), (recommend, "recommend")):
         pair = validation if call is evaluate else (train,)
         with pytest.raises(ValueError) as caught:
             call(model(), *pair, parallel="items")
@@ -396,6 +457,7 @@ def test_one_process_imports_nothing_of_this():
         "import sys; from fastvae import *\n"
         "net, train = MultiVAE([2, 4, 3]), Clicks([0, 1], [0], n_items=3)\n"
         "fit(net, train, epochs=1); evaluate(net, train, Clicks([0, 1], [1], n_items=3))\n"
+        "recommend(net, train)\n"
         "print([name for name in sys.modules if 'fastvae' in name and 'parallel' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -419,14 +481,16 @@ def test_shares_are_those_of_tensor_split():
             assert torch.equal(torch.arange(n)[Alone(rank, size).share(n)], expected)
 
 
-def test_a_lent_model_comes_back_whole():
-    net = MultiVAE([2, 4, 9])
-    before = list(net.parameters())
-    with ItemPart(Alone(1), net).lent(net):
-        assert net.n_items == 2
-        assert net.decode.output.weight.shape == (2, 4)
-        # no copy of it
-        assert net.decode.output.weight.data_ptr() == before[-2][3:].data_ptr()
-    assert all(a is b for a, b in zip(net.parameters(), before, strict=True))
-    assert net.n_items == 9 and net.part is None
-    assert net(Clicks([0, 1], [8], n_items=9))[0].shape == (1, 9)
+@pytest.mark.parametrize("n_items", [3, 40, 70])
+def test_each_process_scores_its_items_alone_to_the_bit(n_items):
+    net, clicks = with_ties(n_items), random_clicks([1, 0, 3, 2] * 5, n_items)
+    whole = BlockScorer(net, clicks, 3, None).scores(0)[:, :n_items]
+    for size in (1, 4, 7):
+        parts = []
+        for rank in range(size):
+            own = Alone(rank, size).share(n_items)
+            scores = RangeScorer(Alone(rank, size), net, clicks, 3).scores(0)
+            # but for what fills a group of columns
+            assert scores.shape[1] - (own.stop - own.start) < 32
+            parts.append(scores[:, : own.stop - own.start])
+        assert torch.equal(torch.cat(parts, 1), whole)

@@ -1,18 +1,24 @@
-"""fastvae train under torchrun: two processes that speak with one voice, fail together, and go on where they stopped."""
+"""The command under torchrun: two processes that speak with one voice, fail together, and go on where they stopped."""
 
+import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fastvae.checkpoint import load_model, read_checkpoint
+from fastvae import Dataset, MultiVAE
+from fastvae.checkpoint import load_model, read_checkpoint, write_checkpoint
+from fastvae.cli import main
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or sys.platform != "linux", reason="needs torch.distributed on Linux"
@@ -22,19 +28,25 @@ OPTIONS = ["--hidden", "8", "--latent", "4", "--batch-size", "20", "--total-anne
 SECONDS = 120
 
 
-def command(processes, *args, restarts=0):
-    """fastvae by torchrun, or for one process without."""
+def command(*args, restarts=0):
+    """fastvae by torchrun, as two processes."""
     launcher = [
         "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-        f"--max-restarts={restarts}", f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}", "--nproc-per-node=2",
     ]  # fmt: skip
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "fastvae", *map(str, args)]
+    return [sys.executable, *launcher, "-m", "fastvae", *map(str, args)]
 
 
-def run(processes, *args, **options):
-    return subprocess.run(
-        command(processes, *args, **options), capture_output=True, text=True, timeout=SECONDS
-    )
+def run(*args):
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=SECONDS)
+
+
+def alone(*args):
+    """What fastvae prints to stdout in this process."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["fastvae", *map(str, args)])
+        main()
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +57,7 @@ def data(tmp_path_factory):
     for user in range(120):
         lines += [f"u{user},i{(user * 7 + n * 3) % 20 + 20 * (user % 2)}" for n in range(8)]
     (folder / "log.csv").write_text("\n".join(lines))
-    done = run(1, "prepare", folder / "log.csv", folder / "data")
-    assert done.returncode == 0, done.stderr
+    alone("prepare", folder / "log.csv", folder / "data")
     return folder / "data"
 
 
@@ -64,28 +75,87 @@ def assert_same_metrics(a, b):
 
 
 def test_two_processes_train_as_one_and_one_goes_on(data, tmp_path):
-    done = run(2, "train", data, tmp_path / "two", "--epochs", 2, *OPTIONS)
+    done = run("train", data, tmp_path / "two", "--epochs", 2, *OPTIONS)
     assert done.returncode == 0, done.stderr
     words = done.stdout + done.stderr
     assert "2 processes, by items: the batch of 20 users is smaller than the 40 items" in words
     assert words.count("best epoch ") == 1
     for name, more in (("two", ["--resume"]), ("one", [])):
-        alone = run(1, "train", data, tmp_path / name, "--epochs", 3, *OPTIONS, *more)
-        assert alone.returncode == 0, alone.stderr
+        alone("train", data, tmp_path / name, "--epochs", 3, *OPTIONS, *more)
     assert_same_metrics(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
 
 
 def test_an_error_of_all_is_told_once(data, tmp_path):
-    done = run(2, "train", tmp_path / "nothing", tmp_path / "run")
+    done = run("train", tmp_path / "nothing", tmp_path / "run")
     assert done.returncode != 0
     assert done.stderr.count("train: dataset must be a dataset folder, got nothing at") == 1
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data):
+    """A model of the dataset's items that nobody has trained."""
+    torch.manual_seed(0)
+    net, path = MultiVAE([4, 8, 40]), data.parent / "model.pt"
+    write_checkpoint(path, net, list(Dataset.load(data).items), net.state_dict())
+    return path
+
+
+class File(NamedTuple):
+    """An argument: a file of this name in the folder of a run."""
+
+    name: str
+
+
+def assert_two_do_as_one(tmp_path, ways, *args):
+    """The command writes the same file and stdout by two processes; a line of stderr says how they share the work."""
+    folders = [tmp_path / "two", tmp_path / "one"]
+    for folder in folders:
+        folder.mkdir()
+    two, one = ([f / a.name if isinstance(a, File) else a for a in args] for f in folders)
+    done = run(*two)
+    assert done.returncode == 0 and ways in done.stderr, done.stderr
+    assert done.stdout.replace(str(folders[0]), "") == alone(*one).replace(str(folders[1]), "") > ""
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert len(files[0]) == 1 and files[0] == files[1]
+
+
+def test_two_processes_evaluate_as_one(data, checkpoint, tmp_path):
+    metrics = [part for name in ("ndcg@10", "coverage@3") for part in ("--metric", name)]
+    args = ["evaluate", checkpoint, data, "--json", *metrics, "--per-user", File("users.csv")]
+    ways = "2 processes, by items: 12 users, fewer than 16 for each process\n"
+    assert_two_do_as_one(tmp_path, ways, *args)
+
+
+def test_two_processes_recommend_as_one(data, checkpoint, tmp_path):
+    args = ["recommend", checkpoint, data, File("top.jsonl"), "-k", 25]
+    ways = "2 processes, by users: 120 users, at least 16 for each process\n"
+    assert_two_do_as_one(tmp_path, ways, *args)
+
+
+def test_the_group_ends_with_its_threads():
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from fastvae.commands import _processes\n"
+        "_processes.are_several = lambda: True\n"
+        "with _processes.several('evaluate', 'users', 'cpu') as processes:\n"
+        "    processes.objects(1)\n"
+        "    import torch.distributed.nn.functional\n"
+        "print([path.read_text() for path in Path('/proc/self/task').glob('*/comm')])"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env = os.environ | where | {"RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "gloo" not in done.stdout, done.stdout + done.stderr
 
 
 def started(data, folder, epochs, restarts=0, more=()):
     """torchrun in the background, once its first checkpoint is there, and the ids of its processes."""
     args = ["train", data, folder, "--epochs", epochs, *OPTIONS, *more]
     process = subprocess.Popen(
-        command(2, *args, restarts=restarts),
+        command(*args, restarts=restarts),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -124,8 +194,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(data, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     words, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, words
-    alone = run(1, "train", data, tmp_path / "one", "--epochs", 40, *OPTIONS)
-    assert alone.returncode == 0, alone.stderr
+    alone("train", data, tmp_path / "one", "--epochs", 40, *OPTIONS)
     assert_same_metrics(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
@@ -136,8 +205,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data, tmp_path):
     assert words.count("--resume goes on") == 1
     done = len(metrics(tmp_path / "run"))
     # both have left at the same update: the run goes on
-    more = run(1, "train", data, tmp_path / "run", "--epochs", done + 1, "--resume", *OPTIONS)
-    assert more.returncode == 0, more.stderr
+    alone("train", data, tmp_path / "run", "--epochs", done + 1, "--resume", *OPTIONS)
     assert len(metrics(tmp_path / "run")) == done + 1
 
 

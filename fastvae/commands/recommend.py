@@ -13,8 +13,9 @@ from .._checks import first_of
 from ..data import Dataset, map_items
 from ..events import Events, read_events
 from ..export import recommend_to_file
-from ..options import Device, LogOptions, Quirk, RuleOptions, RunArg, with_options
-from ._common import check_items, device_named, load_run, read_ids
+from ..options import Device, LogOptions, Parallel, Quirk, RuleOptions, RunArg, with_options
+from ._common import check_items, load_run, read_ids
+from ._processes import own_device, several, shared_scores, together
 
 
 @with_options
@@ -39,33 +40,25 @@ def recommend(
     ] = None,
     tanh_after_dropout: Quirk = False,
     device: Device = None,
+    parallel: Parallel = None,
 ) -> None:
     """Write the top k items of each user, best first, with external ids; items of the history are left out."""
-    inputs = {
-        "histories": histories,
-        "allowed": rule_options.allowed,
-        "exclude": rule_options.exclude,
-    }
-    for name, path in inputs.items():
-        if path is not None and output.resolve() == path.resolve():
-            raise ValueError(
-                f"recommend: output must be another file than {name}, got {output} for both"
-            )
-    net, vocabulary = load_run(run, tanh_after_dropout)
-    rules, counted = _rules(rule_options, histories)
-    log = _histories(histories, log_options, users)
-    if vocabulary is None:
-        if not histories.is_dir():
-            raise ValueError(
-                f"recommend: histories must be the dataset folder where {run} does not hold the item ids, "
-                f"got {histories}"
-            )
-        check_items(run, net.n_items, None, log.items)
-    if counted is not None:
-        names = vocabulary or log.items
-        rules["popularity"] = map_items(counted.train, counted.items, names)[0]
-    net = net.to(device_named(device))
-    done = recommend_to_file(output, net, log, k, items=vocabulary, keep_seen=keep_seen, **rules)
+    with several("recommend", parallel, device) as processes:
+        with together(processes):
+            _check_output(output, histories, rule_options)
+            net, vocabulary = load_run(run, tanh_after_dropout)
+            rules, counted = _rules(rule_options, histories)
+            log = _histories(histories, log_options, users)
+            if vocabulary is None:
+                _check_log(run, net.n_items, histories, log)
+            if counted is not None:
+                names = vocabulary or log.items
+                rules["popularity"] = map_items(counted.train, counted.items, names)[0]
+            net = net.to(own_device(device))
+        rules |= shared_scores(processes, parallel, log.x.n_users)
+        done = recommend_to_file(
+            output, net, log, k, items=vocabulary, keep_seen=keep_seen, **rules
+        )
     if done.n_unknown:
         unknown = first_of(sorted({*log.items} - {*(vocabulary or ())}))
         console.note(
@@ -77,6 +70,26 @@ def recommend(
         given = [f"--{name}" for name in ("allowed", "exclude") if rules[name] is not None]
         causes = " and ".join([*given, "their history"])
         console.note(f"{done.n_empty:,} users have no recommendation: no item is left by {causes}")
+
+
+def _check_output(output: Path, histories: Path, rules: RuleOptions) -> None:
+    """ValueError where the output would take the place of an input."""
+    inputs = {"histories": histories, "allowed": rules.allowed, "exclude": rules.exclude}
+    for name, path in inputs.items():
+        if path is not None and output.resolve() == path.resolve():
+            raise ValueError(
+                f"recommend: output must be another file than {name}, got {output} for both"
+            )
+
+
+def _check_log(run: Path, n_items: int, histories: Path, log: Events) -> None:
+    """ValueError unless histories have the items of a run that does not hold their ids."""
+    if not histories.is_dir():
+        raise ValueError(
+            f"recommend: histories must be the dataset folder where {run} does not hold the item ids, "
+            f"got {histories}"
+        )
+    check_items(run, n_items, None, log.items)
 
 
 def _rules(options: RuleOptions, histories: Path) -> tuple[dict[str, Any], Dataset | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from ..defaults import make_plan
 from ..options import DatasetArg, Device, FitOptions, ModelOptions, with_options
 from ..train import fit
 from ._common import new_model
-from ._processes import own_device, resumes, several, shared_options
+from ._processes import own_device, resumes, several, shared_training, together
 
 
 @with_options
@@ -35,9 +34,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; the run folder gets config, metrics, best and last checkpoint and the learning curve."""
-    with several(parallel, device) as processes:
-        # what one process refuses, all do, before one waits for another
-        with contextlib.nullcontext() if processes is None else processes.together():
+    with several("train", parallel, device) as processes:
+        with together(processes):
             data = _loaded(dataset, fit_options.seed)
             torch.manual_seed(fit_options.seed)
             net = new_model("train", **asdict(model_options), n_items=data.n_items)
@@ -45,7 +43,7 @@ def train(
         shared = {}
         if processes is not None:
             batch_size = fit_options.batch_size or _batch_size(data, fit_options)
-            shared = shared_options(processes, parallel, batch_size, data.n_items)
+            shared = shared_training(processes, parallel, batch_size, data.n_items)
         shared_resume = resumes(processes, fit_options.resume, run)
         result = fit(
             net,
