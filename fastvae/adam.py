@@ -307,10 +307,17 @@ def to_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_file(state_dict: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
-    """The state_dict that to_file was given, of these weights."""
-    item_major = {n for n, weight in enumerate(weights) if row_major(weight) is not weight}
+    """The state_dict that to_file was given, of these weights, as many processes may hold a part of each."""
+    of = dict(enumerate(weights))
     state = {
-        n: {name: t.t() if n in item_major and t.ndim == 2 else t for name, t in parts.items()}
+        n: {name: t.t() if _is_turned(t, of[n]) else t for name, t in parts.items()}
         for n, parts in state_dict["state"].items()
     }
     return state_dict | {"state": state}
+
+
+def _is_turned(t: Tensor, weight: Tensor) -> bool:
+    """Whether a mean of a file is its weight's transposed: by their shapes, which say nothing where they are square."""
+    if t.ndim != 2 or t.shape != weight.shape:
+        return t.ndim == 2
+    return t.shape[0] == t.shape[1] and row_major(weight) is not weight

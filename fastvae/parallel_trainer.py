@@ -234,7 +234,7 @@ class SharedRunFolder(RunFolder):
         state = _copied(state)
         # those of a folder of parts have been read alone
         if "parts" not in state["meta"]:
-            for _, place, key, axis in self._cut(state):
+            for _, place, key, axis in self._cut(state, self.part.n_items):
                 place[key] = self.part.own(place[key], axis)
         return state
 
@@ -244,7 +244,7 @@ class SharedRunFolder(RunFolder):
 
     def _write_checkpoint(self, path: Path, **state: Any) -> None:
         state = _copied({"model": self.model.state_dict()} | state)
-        cut, part = list(self._cut(state)), self.part
+        cut, part = list(self._cut(state, self.model.n_items)), self.part
         if (
             part is None
             or sum(part.n_bytes(p[key], axis) for _, p, key, axis in cut) <= self.n_bytes
@@ -264,15 +264,23 @@ class SharedRunFolder(RunFolder):
         weights = state.pop("model")
         self._write(write_checkpoint, path, self.model, self.items, weights, parts, **state)
 
-    def _cut(self, state: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Tensor], Any, int]]:
+    def _cut(
+        self, state: dict[str, Any], n_items: int
+    ) -> Iterator[tuple[str, dict[Any, Tensor], Any, int]]:
         """Of each tensor that the processes hold in ranges: name, where it is, and the dimension of the items."""
         axes = self.part.axes if self.part else {}
         for key in [key for key in state["model"] if key in axes]:
             yield f"model/{key}", state["model"], key, axes[key]
+        names = dict(enumerate(self.names))
         for n, moments in state.get("optimizer", {"state": {}})["state"].items():
-            # a moment has the items in front in a file; the number of steps has none
-            names = [name for name, t in moments.items() if t.ndim and self.names[n] in axes]
-            for name in names:
+            if names[n] not in axes:
+                continue
+            # the number of steps has no items
+            for name in [name for name, t in moments.items() if t.ndim]:
+                t = moments[name]
+                # in a file the items are in front; to_file does not turn what is one row or column, or empty
+                if axes[names[n]] == 1 and t.shape[1] == n_items != len(t):
+                    moments[name] = t.t()
                 yield f"optimizer/state/{n}/{name}", moments, name, 0
 
     def append_metrics(self, row: dict[str, Any]) -> None:

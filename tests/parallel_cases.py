@@ -36,6 +36,7 @@ def noisy(kind, n_items=N_ITEMS):
 # of checkpoints in one file and in parts: which number of processes goes on with what which other has written
 GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 3}}
 CLIP = 0.1  # far below the norms that there are
+FEW_BYTES = 4 * (4 * 3 + 3 * 4 + 3)  # of few_items' weights with items, which is not too many
 IN_PARTS = {"checkpoint_bytes": 0, "items": IDS}
 
 
@@ -71,8 +72,9 @@ def few_items(clip_grad_norm=None, **shared):
     """Fewer items than processes."""
     torch.manual_seed(0)
     net = MultiVAE([2, 4, 3])
-    options = {"epochs": 3, "batch_size": 2, "lr": 0.1, "clip_grad_norm": clip_grad_norm}
-    fit(net, random_clicks([1, 2, 0, 3, 2], 3), **options, **shared)
+    options = {"epochs": 3, "batch_size": 2, "lr": 0.1, "total_anneal_steps": 0}
+    options |= {"clip_grad_norm": clip_grad_norm} | shared
+    fit(net, random_clicks([1, 2, 0, 3, 2], 3), **options)
     return weights(net)
 
 
@@ -321,7 +323,9 @@ def process(rank, port, folder):
                     "vae", run_dir, options=FIT | IN_PARTS, **shared
                 )
             found["few", cut, size] = few_items(**shared)
-            found["clipped fit", cut, size] = few_items(CLIP, **shared)
+            n_bytes = FEW_BYTES if size != 3 else 3 * FEW_BYTES
+            few = {"run_dir": f"{folder}/few-{cut}-{size}", "checkpoint_bytes": n_bytes}
+            found["clipped fit", cut, size] = few_items(CLIP, **few, **shared)
             found["clipped", cut, size] = step_of(cut, groups[size], batch, CLIP)
             found["tied", cut, size] = tied_items(**shared)
             found["lists", cut, size] = lists(**shared)

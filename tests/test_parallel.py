@@ -302,6 +302,30 @@ def same(found, expected):
         assert torch.equal(found[key], t) and found[key].stride() == t.stride(), key
 
 
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_only_what_is_above_the_limit_is_in_parts(ranks, folder, size):
+    # by items only; the three processes are allowed the bytes of last.pt, the others those of best.pt
+    for cut, expected in (("items", [1, 1 if size == 3 else 2]), ("users", [1, 1])):
+        run = folder / f"few-{cut}-{size}"
+        paths = [run / name for name in ("best.pt", "last.pt")]
+        assert [read_checkpoint(path)["meta"]["format"] for path in paths] == expected
+        for path in paths:
+            same(load_model(path)[0].state_dict(), ranks[0]["clipped fit", cut, size])
+        # whose processes have had one item or none
+        copy = shutil.copytree(run, folder / f"{run.name}-resumed")
+        found = few_items(CLIP, run_dir=copy, resume=True, epochs=4)
+        assert_close(found, few_items(CLIP, epochs=4), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [(-1, ValueError, "at least 0, got -1"), (1e9, TypeError, "a whole number, got 1000000000.0")],
+)
+def test_checkpoint_bytes_are_a_number_of_bytes(value, error, words):
+    with pytest.raises(error, match=f"^fit: checkpoint_bytes must be {words}$"):
+        fit(model(), learnable()[0], checkpoint_bytes=value)
+
+
 def test_the_command_recommends_from_parts(ranks, folder, tmp_path, monkeypatch):
     pytest.importorskip("polars")
     from fastvae import cli
