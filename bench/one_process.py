@@ -42,6 +42,7 @@ def measure(shape: str = "ml20m", rounds: int = ROUNDS) -> dict[str, Any]:
     return {
         "shape": shape,
         "steps": STEPS,
+        "rounds": rounds,
         "threads": torch.get_num_threads(),
         "counted": "processor seconds of the steps of a fit, whole process; ratio: median of the rounds' ratios to alone",
         "cpu_s": {name: round(statistics.median(times), 4) for name, times in seconds.items()},

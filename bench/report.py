@@ -359,6 +359,35 @@ def imports_line() -> str:
     )
 
 
+def scale_table() -> str:
+    """Peak memory of each process, and what it sends in a step, by cut and number of processes."""
+    rows = read("scale_cpu")["rows"]
+    names = {
+        "None/1": "one",
+        **{f"{c}/{n}": f"{n}, `{c}`" for c in ("users", "items") for n in (2, 4)},
+    }
+    found: dict[str, dict[tuple[int, int], dict]] = {name: {} for name in names}
+    for row in rows.values():
+        found[f"{row['cut']}/{row['processes']}"][row["n_items"], row["hidden"]] = row
+    sizes = sorted(found["None/1"])
+    head = "".join(f" {n_items:,} items, {hidden} hidden |" for n_items, hidden in sizes)
+    lines = [
+        f"| processes: peak MiB of each (bytes sent in a step) |{head}",
+        "| --- |" + " --: |" * len(sizes),
+    ]
+    for name, text in names.items():
+        cells = [_scale_cell(found[name].get(size)) for size in sizes]
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _scale_cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    sent = f" ({row['sent']:,})" if "sent" in row else ""
+    return f"{row['peak_mib']:,.0f}{sent}"
+
+
 TABLES = {
     "first": first_table,
     "gpu": gpu_table,
@@ -371,6 +400,7 @@ TABLES = {
     "warm_start": warm_start_table,
     "defaults": defaults_table,
     "traffic": traffic.table,
+    "scale": scale_table,
     "baselines": baselines_table,
     "leaks": leaks_line,
     "similar": similar_table,

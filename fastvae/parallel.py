@@ -32,7 +32,7 @@ from .ops._linear import is_only
 from .ops._nll_steps import NllSteps
 
 PARALLEL = ("users", "items")
-BLOCK_BYTES = 2**22  # of a weight that is made whole, or summed up, at once
+BLOCK_BYTES = 2**24  # of a weight that is made whole, or summed up, at once
 
 
 class Processes:
@@ -142,9 +142,12 @@ class Processes:
 
 def _sum_of_bits(weight: Tensor) -> Tensor:
     bits = row_major(weight).view(torch.int32).reshape(-1)
-    # some at a time: on a CPU sum makes a copy in int64
-    parts = bits.split(BLOCK_BYTES // bits.itemsize)
-    return torch.stack([part.sum() for part in parts]).sum()
+    # on a CPU sum makes a copy in int64: some numbers at a time, and always in the same memory, or malloc keeps it
+    block = bits.new_empty(min(len(bits), BLOCK_BYTES // bits.itemsize), dtype=torch.int64)
+    total = block.new_zeros(())
+    for part in bits.split(max(1, len(block))):
+        total += block[: len(part)].copy_(part).sum()
+    return total
 
 
 class _Summed(torch.autograd.Function):
