@@ -32,7 +32,7 @@ from .ops._linear import is_only
 from .ops._nll_steps import NllSteps
 
 PARALLEL = ("users", "items")
-BLOCK_BYTES = 2**24  # of a weight that is made whole, or summed up, at once
+BLOCK_BYTES = 2**23  # of a weight that is made whole, or summed up, at once
 
 
 class Processes:
