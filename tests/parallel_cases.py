@@ -232,7 +232,10 @@ def lists(**shared):
         for (name, rules), (k, size) in itertools.product(RULES.items(), ((3, None), (200, 4)))
     }
     few = random_clicks([1, 2, 0], 3)
-    found |= {n: recommend(with_ties(3), few.rows(range(n)), 2, **shared) for n in range(4)}
+    # a process without an item, also where others leave one out
+    found |= {
+        n: recommend(with_ties(3), few.rows(range(n)), 2, exclude=[1], **shared) for n in range(4)
+    }
     found["other kind"] = recommend(Fixed(*([2.0, 1.0] * 20)), histories, 30, **by_users(shared))
     return {key: (each.items, each.scores) for key, each in found.items()}
 
