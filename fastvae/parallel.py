@@ -75,21 +75,31 @@ class Processes:
 
     def joined(self, t: Tensor, n: int) -> Tensor:
         """The processes' t, each the share of n rows, behind one another."""
-        lengths = [b - a for a, b in itertools.pairwise(self.bounds(n))]
+        whole = self.placed(t, n)
+        self.fill(whole)
+        return whole
+
+    def placed(self, t: Tensor, n: int) -> Tensor:
+        """Memory for n rows of which this process' share is t."""
         whole = t.new_empty((n, *t.shape[1:]))
+        whole[self.share(n)] = t
+        return whole
+
+    def fill(self, whole: Tensor) -> None:
+        """Give each process the others' shares of the rows."""
+        lengths = [b - a for a, b in itertools.pairwise(self.bounds(len(whole)))]
         places = whole.split(lengths)
         # some rows at a time: all_gather makes a copy of what it gives
-        row_bytes = t.itemsize * math.prod(t.shape[1:]) * self.size
+        row_bytes = whole.itemsize * math.prod(whole.shape[1:]) * self.size
         step = max(1, min(max(lengths), BLOCK_BYTES // max(1, row_bytes)))
         # and always in the same memory: malloc would keep much of what it gets back
-        own, *found = (t.new_zeros((step, *t.shape[1:])) for _ in range(1 + self.size))
+        own, *found = (whole.new_zeros((step, *whole.shape[1:])) for _ in range(1 + self.size))
         for start in range(0, max(lengths), step):
-            rows = t[start : start + step]
+            rows = places[self.rank][start : start + step]
             own[: len(rows)] = rows
             self._all_gather(found, own, self.group)
             for place, part in zip(places, found, strict=True):
                 place[start : start + step] = part[: max(0, len(place) - start)]
-        return whole
 
     def objects(self, value: Any) -> list[Any]:
         """A small value of each process."""
@@ -253,7 +263,12 @@ class ItemPart:
         """Make a model that has been cut whole again, in every process; collective."""
         for layer, name, axis in self._cut:
             own = getattr(layer, name)
-            self._set(layer, name, axis, self.whole(own.detach(), axis), own.requires_grad)
+            rows = own.detach().t() if axis else own.detach()
+            whole = self.processes.placed(rows, self.n_items)
+            self._set(layer, name, axis, whole.t() if axis else whole, own.requires_grad)
+            # the share goes before the memory of the others' is touched
+            del own, rows
+            self.processes.fill(whole)
         self._mark(model, None, self.n_items)
 
     @staticmethod
