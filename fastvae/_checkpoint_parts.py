@@ -196,7 +196,9 @@ def _read(folder: Path, table: Any, items: slice | None, load: Callable[[Path], 
         raise ValueError(f"parts of {shape[axis]} items")
     size = _resized(shape, axis, own.stop - own.start)
     # item by item in memory, as the weights are
-    found = torch.empty(size[::-1]).t() if axis == 1 else torch.empty(size)
+    laid_out = size[::-1] if axis == 1 else size
+    found = torch.empty(laid_out, dtype=torch.float32, device="cpu")
+    found = found.t() if axis == 1 else found
     for first, last, file in parts:
         begin, end = max(first, own.start), min(last, own.stop)
         if begin >= end:
