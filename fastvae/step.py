@@ -175,10 +175,7 @@ class GraphedStep:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
             ):
-                # Adam takes gradients as they come; for torch's optimisers they would be laid out anew
-                ours = isinstance(self.optimizer, Adam)
-                with gradients_as_they_come() if ours else contextlib.nullcontext():
-                    nll, kld = self._losses(clicks)
+                nll, kld = self._losses(clicks)
             terms = self._totals(nll.detach(), kld.detach())
             if not nll.is_cuda:
                 self._check(terms, len(clicks))
@@ -196,7 +193,10 @@ class GraphedStep:
     # what is done otherwise where several processes share a batch
 
     def _losses(self, clicks: Clicks) -> tuple[Tensor, Tensor]:
-        return self.model.loss_terms(clicks, self.per_click)
+        # Adam takes gradients as they come; for torch's optimisers, and by DistributedDataParallel, they are copied
+        ours = isinstance(self.optimizer, Adam)
+        with gradients_as_they_come() if ours else contextlib.nullcontext():
+            return self.model.loss_terms(clicks, self.per_click)
 
     def _totals(self, nll: Tensor, kld: Tensor) -> Tensor:
         return torch.stack((nll, kld)).sum(1, dtype=torch.float64)

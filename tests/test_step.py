@@ -13,6 +13,7 @@ import fastvae.adam
 from fastvae import Adam, GraphedStep, MultiDAE, MultiVAE, fit
 from fastvae._shadows import shadow_of
 from fastvae.checkpoint import read_checkpoint
+from fastvae.ops.linear_multinomial_nll import _apart
 from fastvae.step import backward_of_mean, matmul_precision
 
 
@@ -125,6 +126,22 @@ def test_the_step_runs_in_the_precision_asked_for(monkeypatch, precision):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == [(precision == "bf16", "highest")]
+
+
+@pytest.mark.parametrize("make", [Adam, torch.optim.Adam])
+def test_gradients_come_as_the_product_leaves_them_where_the_optimiser_takes_them_so(
+    monkeypatch, make
+):
+    terms, seen = MultiVAE.loss_terms, []
+
+    def record(self, *arguments):
+        seen.append(_apart.get())
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(MultiVAE, "loss_terms", record)
+    net = model()
+    GraphedStep(net, make(net.parameters()))(random_clicks([3] * 5, N_ITEMS))
+    assert seen == [make is Adam] and not _apart.get()
 
 
 class Graphs:

@@ -224,16 +224,8 @@ def _linear_multinomial_nll_cpu(
     csr = (indptr, indices, values, rows)
     with without_autocast(hidden.device):
         return _forward(
-            cpu_way,
-            hidden,
-            weight,
-            _used(bias, cast_bias),
-            cast,
-            csr,
-            compute,
-            needs_grad,
-            max_bytes,
-        )
+            cpu_way, hidden, weight, _used(bias, cast_bias), cast, csr, compute, needs_grad, max_bytes
+        )  # fmt: skip
 
 
 def _linear_multinomial_nll_cuda(
@@ -290,20 +282,8 @@ def _gradients_cpu(
     csr, needs = (indptr, indices, values, rows), (need_hidden, need_weight, need_bias)
     with without_autocast(hidden.device):
         gradients = _backward_products(
-            cpu_way,
-            dnll,
-            v,
-            d,
-            hidden,
-            weight,
-            bias,
-            csr,
-            n_items,
-            needs,
-            apart,
-            weight_dtype,
-            max_bytes,
-        )
+            cpu_way, dnll, v, d, hidden, weight, bias, csr, n_items, needs, apart, weight_dtype, max_bytes
+        )  # fmt: skip
     return _empty_for_none(gradients, hidden)
 
 
