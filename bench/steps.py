@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bench import rivals
 from bench.provider import BETA, NotTimed, Provider
 from fastvae import Adam, Clicks, MultiVAE, reference
-from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GEMM
 from fastvae.step import GraphedStep
 from fastvae.synthetic import synthetic_clicks
 
@@ -87,17 +86,15 @@ class Products:
 
     def _buffers(self, clicks: Clicks) -> list[Tensor]:
         hidden = torch.randn(len(clicks), self.weight.shape[1]).to(self.weight)
-        logits = self.weight.new_empty((len(clicks), len(self.weight)))
+        # as the op has them on each
+        shape = (len(clicks), len(self.weight))
+        logits = hidden.new_empty(shape) if hidden.is_cuda else hidden.new_empty(shape[::-1]).t()
         return [hidden, logits, torch.empty_like(hidden), torch.empty_like(self.weight)]
 
     def step(self, buffers: list[Tensor]) -> None:
         """logits, gradient for hidden, gradient for the weight."""
         hidden, logits, dhidden, dweight = buffers
-        pieces = hidden.dtype == torch.float32 and not hidden.is_cuda
-        step = ITEMS_PER_GEMM if pieces else len(self.weight)
-        for start in range(0, len(self.weight), step):
-            part = slice(start, start + step)
-            torch.mm(hidden, self.weight[part].t(), out=logits[:, part])
+        torch.mm(hidden, self.weight.t(), out=logits)
         torch.mm(logits, self.weight, out=dhidden)
         torch.mm(logits.t(), hidden, out=dweight)
 

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_as_accurate_as_torch, many_users, random_clicks
 
 from fastvae import Clicks, linear_multinomial_nll, reference
-from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GEMM
+from fastvae.ops._linear_multinomial_nll_cpu import ITEMS_PER_GRADIENT
 from fastvae.ops.linear_multinomial_nll import _LINEAR_MULTINOMIAL_NLL
 
 SHAPES = [
@@ -14,10 +14,10 @@ SHAPES = [
     pytest.param([0, 3, 0, 2, 0], 7, 3, id="empty-rows-first-middle-last"),
     pytest.param([1], 1, 1, id="smallest"),
     pytest.param([9, 1], 9, 8, id="a-row-with-all-items"),
-    pytest.param([4, 90], ITEMS_PER_GEMM - 1, 50, id="items-one-below-a-block"),
-    pytest.param([4, 90], ITEMS_PER_GEMM, 50, id="items-exactly-a-block"),
-    pytest.param([4, 90], ITEMS_PER_GEMM + 1, 50, id="items-one-above-a-block"),
-    pytest.param([30] * 90, 5000, 8, id="rows-in-blocks-and-a-tail"),
+    pytest.param([4, 90], ITEMS_PER_GRADIENT - 1, 50, id="items-one-below-a-block"),
+    pytest.param([4, 90], ITEMS_PER_GRADIENT, 50, id="items-exactly-a-block"),
+    pytest.param([4, 90], ITEMS_PER_GRADIENT + 1, 50, id="items-one-above-a-block"),
+    pytest.param([30] * 90, 6000, 8, id="items-in-blocks-and-a-tail"),
 ]
 
 

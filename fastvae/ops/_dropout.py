@@ -18,14 +18,19 @@ def dropout_keep(seed: Tensor, position: Tensor, dropout: float) -> Tensor:
     """
     c0, c1 = position & _MASK_32, position >> 32
     c2, c3 = torch.zeros_like(position), torch.zeros_like(position)
+    a, b = torch.empty_like(position), torch.empty_like(position)
     key = int(seed)
     k0, k1 = key & _MASK_32, (key >> 32) & _MASK_32
     for _ in range(10):
         # a product of two 32-bit numbers wraps into the sign bit of int64, but its bits are right
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        # c1 and c3 keep bits above 32, which the next mask drops
-        c0 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK_32)
-        c2 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK_32)
-        c1, c3 = b, a
+        torch.mul(c0, 0xD2511F53, out=a)
+        torch.mul(c2, 0xCD9E8D57, out=b)
+        # c1 and c3 keep bits above 32, which the mask drops
+        torch.bitwise_right_shift(b, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK_32)
+        torch.bitwise_right_shift(a, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK_32)
+        # c1 and c3 are free for the next products
+        c1, c3, a, b = b, a, c3, c1
         k0, k1 = (k0 + 0x9E3779B9) & _MASK_32, (k1 + 0xBB67AE85) & _MASK_32
     return (c0 >> 8) >= round(dropout * 2**24)

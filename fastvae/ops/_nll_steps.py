@@ -19,6 +19,7 @@ from torch import Tensor
 from ..clicks import Csr
 from . import _nll_steps_cpu
 from ._dispatch import needing_triton, uses_kernels
+from ._nll_steps_cpu import results_of
 from .linear_multinomial_nll import _way
 
 
@@ -56,16 +57,10 @@ class NllSteps:
 
     def subtract_clicks(self, sums: Tensor, n_clicks: Tensor) -> tuple[Tensor, Tensor]:
         """nll and v [n_users], from S and T summed over all ranges and N [n_users] of whole rows."""
-        total, below = sums
-        n_clicks = n_clicks.to(total.dtype)
-        # as in one piece: a click costs inf where all logits are -inf, and a user without clicks 0
-        dead, has_clicks = total == 0, n_clicks > 0
-        total = total.masked_fill(dead, 1)
-        nll = (n_clicks * total.log() + below).masked_fill(dead, torch.inf)
-        v = n_clicks / total
-        per_click = total / n_clicks.clamp_min(1e-30)
+        # whose total is over all ranges, as N is
+        nll, v, per_click = results_of(sums, n_clicks.to(sums.dtype))
         self.steps.subtract_clicks(self.d, self.csr, self.n_items, per_click)
-        return nll.masked_fill(~has_clicks, 0), v
+        return nll, v
 
     def gradients(
         self, dnll: Tensor, v: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool

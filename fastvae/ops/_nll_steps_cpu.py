@@ -1,57 +1,92 @@
-"""The loss in steps on a CPU: the same functions as in kernels/nll_steps.py, by the same names."""
+"""The loss in steps on a CPU: the same functions as in kernels/nll_steps.py, by the same names.
+
+The logits and what becomes of them lie item by item in d, see _linear_multinomial_nll_cpu.py. fp32 and fp64 logits take
+their bias at once; in bf16, where that would round them twice, each pass adds it anew.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..clicks import Csr
+from . import _buffers
 from ._checks import sum_dtype
-from ._linear_multinomial_nll_cpu import product
 from ._rows import Rows
-from .multinomial_nll import row_blocks
+
+# of fp32 logits, which several passes find in the cache
+BLOCK_BYTES = 2**21
 
 
 def largest_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, n_items: int, d: Tensor
 ) -> Tensor:
-    """Write the logits without bias into d [n_users, n_items], and return each row's largest with it, [n_users]."""
+    """Write the logits into d [n_users, n_items], and return each row's largest with its bias, [n_users]."""
     total = sum_dtype(weight.dtype)
-    lowest = torch.finfo(total).min
-    k = hidden.new_full((len(hidden),), lowest, dtype=total)
-    if n_items == 0:
-        return k
-    product(hidden, weight, d)
-    for block in row_blocks(d):
-        k[block] = torch.amax(_with_bias(d[block], bias), 1).clamp_min(lowest)
+    # not -inf: a row of -inf alone then has exponentials of 0
+    k = hidden.new_full((len(hidden),), torch.finfo(total).min, dtype=total)
+    logits = d.t()
+    torch.mm(weight, hidden.t(), out=logits)
+    for _, z in _item_blocks(logits, bias, total):
+        torch.maximum(k, torch.amax(z, 0), out=k)
     return k
 
 
 def exponentials(d: Tensor, bias: Tensor | None, csr: Csr, n_items: int, k: Tensor) -> Tensor:
     """Turn d's logits into E, and return S and T [2, n_users] in k's dtype."""
-    targets = Rows(csr, k.dtype)
+    return exponentials_of(d, bias, Rows(csr, k.dtype), k)
+
+
+def exponentials_of(d: Tensor, bias: Tensor | None, targets: Rows, k: Tensor) -> Tensor:
+    """exponentials() of clicks that are looked up already."""
+    logits, rounded = d.t(), d.dtype != k.dtype
+    clicked = logits[targets.item, targets.user].to(k.dtype)
+    if rounded and bias is not None:
+        clicked += bias[targets.item]
     sums = k.new_zeros(2, len(d))
-    clicked = k.new_empty(len(targets.item))
-    flat = targets.user * n_items + targets.item
-    for block in row_blocks(d):
-        first, last = int(targets.offsets[block.start]), int(targets.offsets[block.stop])
-        z = _with_bias(d[block], bias)
-        torch.take(z, flat[first:last] - block.start * n_items, out=clicked[first:last])
-        d[block] = z.sub_(k[block, None]).exp_()
-        # of E as rounded for the buffer: D then sums to zero over a row
-        sums[0, block] = d[block].sum(1, dtype=k.dtype)
     sums[1] = targets.per_user(targets.times_value(k[targets.user] - clicked))
+    for block, z in _item_blocks(logits, bias if rounded else None, k.dtype):
+        z.sub_(k).exp_()
+        if rounded:
+            logits[block] = z
+        sums[0] += z.sum(0)
     return sums
+
+
+def results_of(sums: Tensor, n_clicks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, v and 1 / v [n_users], from S and T [2, n_users] and N [n_users] of whole rows, in the sums' dtype."""
+    total, below = sums
+    # a click costs inf where all logits are -inf, and a user without clicks 0
+    dead, has_clicks = total == 0, n_clicks > 0
+    total = total.masked_fill(dead, 1)
+    nll = (n_clicks * total.log() + below).masked_fill(dead, torch.inf)
+    return nll.masked_fill(~has_clicks, 0), n_clicks / total, total / n_clicks.clamp_min(1e-30)
 
 
 def subtract_clicks(d: Tensor, csr: Csr, n_items: int, per_click: Tensor) -> None:
     """Turn d's E into D; per_click [n_users] is 1 / v."""
-    targets = Rows(csr, per_click.dtype)
-    flat = targets.user * n_items + targets.item
-    d.view(-1)[flat] -= targets.times_value(per_click[targets.user]).to(d.dtype)
+    subtract_clicks_of(d, Rows(csr, per_click.dtype), per_click)
 
 
-def _with_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
-    # a copy, which may be written to
-    z = logits.to(sum_dtype(logits.dtype), copy=True)
-    return z if bias is None else z.add_(bias)
+def subtract_clicks_of(d: Tensor, targets: Rows, per_click: Tensor) -> None:
+    """subtract_clicks() of clicks that are looked up already."""
+    taken = targets.times_value(per_click[targets.user]).to(d.dtype)
+    d.t()[targets.item, targets.user] -= taken
+
+
+def _item_blocks(
+    logits: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of items, and their logits [some items, n_users] plus bias: in place, or widened where of another dtype."""
+    n_items, n_users = logits.shape
+    step = min(n_items, max(1, BLOCK_BYTES // max(1, 4 * n_users)))
+    rounded = logits.dtype != dtype
+    widened = _buffers.empty((step, n_users), dtype) if rounded else logits
+    for start in range(0, n_items, step or 1):
+        block = slice(start, min(start + step, n_items))
+        z = logits[block]
+        if rounded:
+            z = widened[: len(z)].copy_(z)
+        yield block, z if bias is None else z.add_(bias[block, None])

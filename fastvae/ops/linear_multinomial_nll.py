@@ -173,7 +173,8 @@ def _backward_products(
     # D again, some users at a time
     bias = None if bias is None else bias.contiguous()
     parts = _parts(n_users, _row_bytes(way, n_items, weight.dtype), max_bytes)
-    d = d.new_empty((max(part.stop - part.start for part in parts), d.shape[1]))
+    longest = max(part.stop - part.start for part in parts)
+    d = way.empty((longest, d.shape[1]), d.dtype, d.device)
     for part in parts:
         h, rows = hidden[part].to(weight.dtype).contiguous(), d[: part.stop - part.start]
         _, v_part = way.exp_rows(h, weight, bias, _clicks_of(part, csr), n_items, rows)
@@ -250,9 +251,12 @@ def _linear_multinomial_nll_fake(
     n_users, n_items = len(hidden), len(weight)
     one_part = len(_parts(n_users, _row_bytes(way, n_items, compute), max_bytes)) == 1
     width = way.stored_width(n_items)
-    d = hidden.new_empty(
-        (n_users if needs_grad and one_part else 0, width), dtype=way.stored_dtype(compute)
-    )
+    shape = (n_users if needs_grad and one_part else 0, width)
+    if way is cpu_way:
+        # item by item
+        d = hidden.new_empty(shape[::-1], dtype=way.stored_dtype(compute)).t()
+    else:
+        d = hidden.new_empty(shape, dtype=way.stored_dtype(compute))
     nll, v = (hidden.new_empty((n_users,), dtype=sum_dtype(compute)) for _ in range(2))
     if cast is not None or weight.dtype == compute:
         return nll, v, d, hidden.new_empty(0)

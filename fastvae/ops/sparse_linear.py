@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -184,11 +185,11 @@ def _dweight_cpu(
 ) -> Tensor:
     """Gradient for weight from that of the pre-activation, item-major [n_items, n_hidden] in dpre's fp32 or fp64."""
     batch = Rows((indptr, indices, values, rows), dpre.dtype)
-    item, coefficient, _, user = batch.kept(scale, seed, shift, dropout, tanh_input)
-    order = torch.argsort(item, stable=True)
-    user, coefficient = user[order], coefficient[order].to(dpre.dtype)
-    bounds = item.new_zeros(n_items + 1)
-    torch.cumsum(torch.bincount(item, minlength=n_items), 0, out=bounds[1:])
+    item, coefficient, offsets, _ = batch.kept(scale, seed, shift, dropout, tanh_input)
+    csr = (coefficient.to(dpre.dtype).numpy(), item.numpy(), offsets.numpy())
+    csc = sp.csr_array(csr, shape=(len(dpre), n_items)).tocsc()
+    user, coefficient = torch.from_numpy(csc.indices), torch.from_numpy(csc.data)
+    bounds = torch.from_numpy(csc.indptr)
     grad = _buffers.empty((n_items, dpre.shape[1]), dpre.dtype)
     for start in range(0, n_items, ITEMS_PER_BLOCK):
         part = bounds[start : start + ITEMS_PER_BLOCK + 1]
