@@ -71,6 +71,19 @@ def test_flat_and_peaked_softmax(spread):
         assert_as_accurate_as_torch(a, s, t)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_far_beyond_the_logits(dtype):
+    hidden, weight, bias, clicks = inputs([5, 20], 400, 16, dtype)
+    bias *= 300
+    doubles, x = [t.double() for t in (hidden, weight, bias)], clicks.to_dense().double()
+    actual = linear_multinomial_nll(hidden, weight, bias, clicks)
+    truth = reference.linear_multinomial_nll(*doubles, x)
+    # bf16 rounds the logits, not their sums with the biases
+    torch.testing.assert_close(
+        actual.double(), truth, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0
+    )
+
+
 def test_no_grad_and_frozen_inputs_give_the_same_loss_and_only_what_is_asked():
     hidden, weight, bias, clicks = inputs([2, 0, 3], 7, 4)
     with torch.no_grad():
