@@ -56,7 +56,10 @@ def exponentials_of(d: Tensor, bias: Tensor | None, targets: Rows, k: Tensor) ->
 
 
 def results_of(sums: Tensor, n_clicks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, v and 1 / v (inf without clicks) [n_users], from S and T [2, n_users] and N [n_users] of whole rows, in the sums' dtype."""
+    """nll, v and 1 / v (inf without clicks) [n_users], from S and T [2, n_users] and N [n_users] of whole rows.
+
+    All in the sums' dtype.
+    """
     total, below = sums
     # a click costs inf where all logits are -inf, and a user without clicks 0
     dead, has_clicks = total == 0, n_clicks > 0
