@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,19 @@ from . import _checkpoint_parts
 from ._checks import check_choice, check_flag, check_ids
 from ._files import replacing
 from ._layers import ACTIVATIONS
-from .convert import converted, is_npz, line_to_save, read_npz
+from .convert import converted, is_npz, line_to_save, pickled_names, read_npz
 from .models import MultiDAE, MultiVAE
 
 FORMAT, FORMAT_IN_PARTS = 1, 2
 # what torch.load with weights_only says of code that a pickle would run
 _CODE = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
+# modules that a pickled state_dict names too
+_OF_STATE_DICTS = ("torch", "collections", "numpy", "_codecs")
+_OPTIONS = ("tanh_after_dropout", "activation", "normalize_input")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+_SYSTEM = sys.stdlib_module_names | {
+    "__builtin__"
+}  # as Python 2 calls builtins, and protocol 2 writes it
 _MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
 
 
@@ -99,8 +107,7 @@ def _content(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
         ) from error
-    if isinstance(parts, Mapping) and "meta" not in parts and "state_dict" in parts:
-        parts = parts["state_dict"]  # with the optimiser's beside it, as trainers save
+    parts = _unwrapped(parts)
     if _is_state_dict(parts):
         return {"model": dict(parts)}
     if not isinstance(parts, dict) or not _is_state_dict(parts.get("model")):
@@ -119,6 +126,16 @@ def _content(path: Path) -> dict[str, Any]:
             "use the fastvae version that wrote it"
         )
     return parts | {"meta": meta}
+
+
+def _unwrapped(parts: Any) -> Any:
+    """A state_dict out of the dictionary, or the dictionaries in each other, that trainers save with their own state."""
+    for _ in range(4):  # one may hold itself
+        if not isinstance(parts, Mapping) or "meta" in parts:
+            break
+        inner = (parts[key] for key in _WRAPPERS if isinstance(parts.get(key), Mapping))
+        parts = next(inner, parts)
+    return parts
 
 
 def _take_in(path: Path, parts: dict[str, Any], items: slice | None) -> None:
@@ -145,19 +162,31 @@ def _read(path: Path) -> Any:
     if is_npz(path):
         parts: Any = read_npz(path)
     else:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            warnings.catch_warnings()
+        ):  # it warns of a pickle's protocol, and then refuses it or not
+            warnings.simplefilter("ignore")
+            parts = torch.load(path, map_location="cpu", weights_only=True)
     _check_size(parts, path.stat().st_size)
     return parts
 
 
 def _refuse_pickled(path: Path, error: Exception) -> None:
     """Of an object of other code, say how its weights are had; a pickle that names the system's is left unnamed."""
+    try:
+        names, bare = pickled_names(path)
+    except Exception:  # whatever a foreign file provokes
+        names, bare = [], False
     code = _CODE.search(str(error))
-    module = code[1].split(".")[0] if code else "builtins"
-    if code and module not in sys.stdlib_module_names:
+    others = [name for name in names if name.split(".")[0] not in _OF_STATE_DICTS]
+    others += [code[1]] if code else []
+    # a state_dict that pickle wrote itself
+    others += [name for name in names if bare and name.startswith("torch.")]
+    module = others[0].split(".")[0] if others else "builtins"
+    if module not in _SYSTEM:
         raise ValueError(
-            f"checkpoint: {path} must hold tensors and JSON, got a pickle of {code[1][:80]}, which would run code; "
-            f"where you trust it and have that code, run: {line_to_save(path, module)}"
+            f"checkpoint: {path} must hold tensors and JSON, got a pickle of {others[0][:80]}, which would run code; "
+            f"where you trust it and have that code, run: {line_to_save(path, module, bare)}"
         ) from error
 
 
@@ -174,13 +203,16 @@ def load_model(
     path     a checkpoint of fit(); or plain weights: torch.save(model.state_dict()) of ours, RecoTour, vae-cf-pytorch,
              RecBole, rectorch, Cornac, WarpRec, RePlay or RecPack, an .npz of the paper's TensorFlow code
     tanh_after_dropout, activation, normalize_input
-             for plain weights only, whose file does not say: see MultiVAE; None is what that code computes
+             for plain weights, whose file does not say: see MultiVAE; None is what that code computes. A checkpoint of
+             fit() says itself, and others than its own are refused
     verbose  say on stderr what plain weights were recognised as
-    Raises: ValueError where the file is no such thing.
+    Raises: ValueError where the file is no such thing, or its weights are plain and not finite.
     """
     parts = read_checkpoint(path)
     weights, meta = parts["model"], parts.get("meta")
-    _check_options(activation, normalize_input)
+    _check_options(tanh_after_dropout, activation, normalize_input)
+    if meta is not None:
+        _check_against(path, meta, tanh_after_dropout or None, activation, normalize_input)
     try:
         if meta is None:
             other = converted(weights, tanh_after_dropout, activation, normalize_input)
@@ -204,19 +236,42 @@ def load_model(
         raise ValueError(
             f"checkpoint: {path} must fit MultiVAE or MultiDAE, got another model ({reason})"
         ) from error
-    if verbose and meta is None:
-        print(f"{path}: {other}", file=sys.stderr)
+    if meta is None:
+        _check_finite(path, weights)
+        if verbose:
+            print(f"{path}: {other}", file=sys.stderr)
     # float32 whatever torch's default is
     model.float().to_empty(device="cpu")
     model.load_state_dict(weights)
     return model.eval(), items
 
 
-def _check_options(activation: Any, normalize_input: Any) -> None:
+def _check_options(tanh_after_dropout: Any, activation: Any, normalize_input: Any) -> None:
+    check_flag("checkpoint", "tanh_after_dropout", tanh_after_dropout)
     if activation is not None:
         check_choice("checkpoint", "activation", activation, tuple(ACTIVATIONS))
     if normalize_input is not None:
         check_flag("checkpoint", "normalize_input", normalize_input)
+
+
+def _check_against(path: Any, meta: Any, *options: Any) -> None:
+    """Refuse an option that is given and is another than the checkpoint's own, which would be left unheard."""
+    config = meta.get("config")
+    for name, given in zip(_OPTIONS, options, strict=True):
+        if given is not None and isinstance(config, dict) and config.get(name, given) != given:
+            raise ValueError(
+                f"checkpoint: {name} must be {config[name]!r}, which {path} says, got {given!r}; "
+                "leave it out, or convert the plain weights anew"
+            )
+
+
+def _check_finite(path: Any, weights: Mapping[str, Tensor]) -> None:
+    for key, weight in weights.items():
+        if not weight.float().isfinite().all():
+            raise ValueError(
+                f"checkpoint: {path} must hold finite float32 weights, got nan or inf in {key[:80]}; "
+                "take weights from before the loss diverged"
+            )
 
 
 def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:

@@ -7,11 +7,12 @@ forward, an activation that was chosen) is an argument of load_model.
 from __future__ import annotations
 
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -254,11 +255,52 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {name.removesuffix(":0"): torch.from_numpy(arrays[name]) for name in names}
 
 
-def line_to_save(path: str | os.PathLike[str], module: str) -> str:
-    """The line that writes the weights of a pickled object, for where its code is installed."""
+def pickled_names(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
+    """What a pickle names, module.name in its order, and whether it is a bare one, not in torch's own file format.
+
+    Its opcodes are read, never run: torch's safe reader stops at those of protocol 4, which RecBole and Cornac write.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            names = _names(file)
+        return names, bool(names)
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith("/data.pkl") and member.compress_type == zipfile.ZIP_STORED:
+                with archive.open(member) as file:
+                    return _names(file), False
+    return [], False
+
+
+def _names(file: IO[bytes]) -> list[str]:
+    names: list[str] = []
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    value: Any
+    for opcode, value, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            names.append(value.replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL":
+            names.append(".".join(texts[-2:]))
+        elif "UNICODE" in opcode.name:
+            texts.append(value)
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = texts[-1] if texts else ""
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            texts.append(memo.get(value, ""))
+    return names
+
+
+def line_to_save(path: str | os.PathLike[str], module: str, bare: bool = False) -> str:
+    """The line that writes the weights of a pickled object, for where its code is installed.
+
+    bare  the file is pickle's own, as Cornac's are
+    """
     name = os.path.basename(path)
     load = f"torch.load('{name}', map_location='cpu', weights_only=False)"
-    weights = "m['state_dict'] if isinstance(m, dict) else m.state_dict()"
+    weights = "m.get('state_dict', m) if isinstance(m, dict) else m.state_dict()"
+    if bare:
+        load = f"pickle.load(open('{name}', 'rb'))"
     if module == "cornac":
-        load, weights = f"pickle.load(open('{name}', 'rb'))", "m.vae.state_dict()"
+        weights = "m.vae.state_dict()"
     return f"python -c \"import pickle, torch; m = {load}; torch.save({weights}, 'weights.pt')\""

@@ -61,7 +61,7 @@ class _MultiModel(Drawing):
         enc = check_dropout(name, "dropout_enc", dropout_enc, len(q_dims) - 1, 0.5)
         dec = check_dropout(name, "dropout_dec", dropout_dec, len(p_dims) - 1, 0.0)
         self.dropout_enc, self.dropout_dec = enc, dec
-        self.tanh_after_dropout = tanh_after_dropout
+        self.tanh_after_dropout = check_flag(name, "tanh_after_dropout", tanh_after_dropout)
         self.normalize_input = check_flag(name, "normalize_input", normalize_input)
         self.activation = check_choice(name, "activation", activation, tuple(ACTIVATIONS))
         out_dims = [*q_dims[:-1], 2 * q_dims[-1]] if self.two_heads else q_dims

@@ -72,7 +72,7 @@ class WarmStart:
         old, then = load_model(path)
         if then is None:
             raise ValueError(
-                f"fit: warm_start must be a checkpoint with item ids, got {path} without; train it with items"
+                f"fit: warm_start must be a checkpoint with item ids, got {path} without; fastvae convert --items gives it them"
             )
         _check_same_model(path, old, model)
         place = {item: column for column, item in enumerate(then)}

@@ -197,7 +197,6 @@ FOREIGN = {
         [torch.zeros(1)],
         "must hold a model's state_dict, got none; torch.save the state_dict alone",
     ),
-    "no-meta": ({"model": model().state_dict()}, "must say its format, got a file without"),
     "no-version": (
         {"meta": "{}", "model": model().state_dict()},
         "must say its format, got a file without",

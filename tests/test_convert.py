@@ -13,6 +13,7 @@ from torch import nn
 
 from bench import other_nets as nets
 from fastvae import MultiDAE, MultiVAE, load_model
+from fastvae.checkpoint import write_checkpoint
 from fastvae.convert import SOURCES, Source, converted
 
 N_ITEMS = 12
@@ -107,6 +108,67 @@ def test_weights_beside_a_trainers_state_and_an_average_are_found(tmp_path):
     assert_same_logits(made, load_model(tmp_path / "w.pt")[0], nets.Rectorch)
 
 
+@pytest.mark.parametrize(
+    "keys", [["model"], ["model_state_dict"], ["net"], ["state_dict", "model"]]
+)
+def test_weights_in_a_trainers_dictionary_are_found(tmp_path, keys):
+    def wrap(state):
+        for key in reversed(keys):
+            state = {"epoch": 3, "optimizer": {"state": {}}, key: state}
+        return state
+
+    made = net(nets.VaeCf)
+    save(tmp_path / "old.pt", made, wrap=wrap)
+    assert_same_logits(made, load_model(tmp_path / "old.pt")[0], nets.VaeCf)
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="must hold a model's state_dict, got the keys 'model'"):
+        load_model(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e39])
+def test_weights_that_are_not_finite_in_float32_are_refused(tmp_path, wrong):
+    made = net(nets.VaeCf).double()
+    made.p_layers[0].bias.data[1] = wrong
+    save(tmp_path / "old.pt", made)
+    with pytest.raises(
+        ValueError, match=r"must hold finite float32 weights, got nan or inf in decode\."
+    ):
+        load_model(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "other"),
+    [("tanh_after_dropout", False, True), ("activation", "relu", "tanh"), ("normalize_input", False, True)],
+)  # fmt: skip
+def test_an_option_that_a_checkpoint_of_ours_contradicts_is_refused(tmp_path, name, own, other):
+    """It was left unheard: other scores than those that were asked for."""
+    path = tmp_path / "own.pt"
+    write_checkpoint(path, MultiVAE([2, 3, 4], **{name: own}))
+    assert getattr(load_model(path, **{name: own})[0], name) == own
+    with pytest.raises(
+        ValueError, match=f"checkpoint: {name} must be {own!r}, which .* says, got {other!r}"
+    ):
+        load_model(path, **{name: other})
+
+
+def test_the_quirk_is_true_or_false(tmp_path):
+    """A text counted as true: load_model(path, "relu")."""
+    save(tmp_path / "old.pt", net(nets.VaeCf))
+    with pytest.raises(
+        TypeError, match="checkpoint: tanh_after_dropout must be True or False, got 'relu'"
+    ):
+        load_model(tmp_path / "old.pt", "relu")
+    with pytest.raises(
+        TypeError, match="MultiVAE: tanh_after_dropout must be True or False, got 'no'"
+    ):
+        MultiVAE([2, 3, 4], tanh_after_dropout="no")
+
+
 def test_weights_with_two_names_each_are_read_though_the_file_holds_them_once(tmp_path):
     made = net(nets.RecPack, dims=[300, 40, 8])
     save(tmp_path / "w.pt", made)
@@ -199,13 +261,57 @@ def test_a_pickled_module_is_refused_with_the_line_that_helps(tmp_path, monkeypa
     assert set(written) == {"weight", "bias"}
 
 
-def test_the_line_for_cornacs_pickle_takes_its_network(tmp_path):
-    import pickle  # noqa: TID251  as Cornac saves
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_the_line_for_cornacs_pickle_takes_its_network(tmp_path, protocol):
+    import pickle  # noqa: TID251  as Cornac saves, by protocol 5
 
     pickled(
-        tmp_path, "cornac", lambda module, path: path.write_bytes(pickle.dumps(module.Net(2, 2), 2))
+        tmp_path,
+        "cornac",
+        lambda module, path: path.write_bytes(pickle.dumps(module.Net(2, 2), protocol)),
     )
-    with pytest.raises(ValueError, match=r"m = pickle\.load\(.*m\.vae\.state_dict\(\)"):
+    with pytest.raises(
+        ValueError, match=r"cornac\.Net.*m = pickle\.load\(.*m\.vae\.state_dict\(\)"
+    ):
+        load_model(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_trainers_pickle_of_protocol_4_is_refused_with_the_line_too(
+    tmp_path, monkeypatch, recwarn, bare
+):
+    """RecBole's checkpoints: torch's safe reader does not get as far as what they name."""
+    import pickle  # noqa: TID251  as other code saves
+
+    def write(module, path):
+        content = {"config": module.Net(2, 2), "state_dict": {"weight": torch.ones(2)}}
+        if bare:
+            path.write_bytes(pickle.dumps(content, 4))
+        else:
+            torch.save(content, path, pickle_protocol=4)
+
+    pickled(tmp_path, "theirs_config", write)
+    with pytest.raises(ValueError, match=r"got a pickle of theirs_config\.Net, which") as caught:
+        load_model(tmp_path / "old.pt")
+    assert not recwarn.list  # of torch's own, about the protocol
+    (tmp_path / "theirs_config.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(re.fullmatch(r'.* run: python -c "(.*)"', str(caught.value))[1], {})
+    del sys.modules["theirs_config"]
+    assert set(torch.load(tmp_path / "weights.pt", weights_only=True)) == {"weight"}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_begins_with_the_systems_own_is_left_unnamed(tmp_path, protocol):
+    import pickle  # noqa: TID251  as an attacker saves
+
+    class Harm:
+        def __reduce__(self):
+            return eval, ("1",)
+
+    (tmp_path / "old.pt").write_bytes(pickle.dumps([Harm(), torch.ones(2)], protocol))
+    with pytest.raises(ValueError, match=r"got a file that torch cannot read so$"):
         load_model(tmp_path / "old.pt")
 
 

@@ -251,7 +251,7 @@ def refused(tmp_path, folder, what):
     if what == "no ids there":
         write_checkpoint(path, model())
         return common, (
-            f"fit: warm_start must be a checkpoint with item ids, got {path} without; train it with items"
+            f"fit: warm_start must be a checkpoint with item ids, got {path} without; fastvae convert --items gives it them"
         )
     if what == "no common item":
         write_checkpoint(path, model(), [f"other {n}" for n in range(N_ITEMS)])
