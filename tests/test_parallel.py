@@ -22,6 +22,7 @@ from parallel_cases import (
     MODELS,
     SIZES,
     begun_with,
+    draw_nothing,
     few_items,
     lists,
     process,
@@ -39,10 +40,17 @@ from fastvae._parallel_scores import RangeScorer
 from fastvae.checkpoint import load_model, read_checkpoint, write_checkpoint
 from fastvae.parallel import Processes
 from fastvae.ranking import BlockScorer
-from fastvae.run_folder import read_config
+from fastvae.run_folder import RunFolder, read_config
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 EACH = pytest.mark.parametrize(("cut", "size"), list(itertools.product(CUTS, SIZES)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curve():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw_curve", draw_nothing)
+        yield
 
 
 @pytest.fixture(scope="module")

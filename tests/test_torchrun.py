@@ -28,17 +28,13 @@ OPTIONS = ["--hidden", "8", "--latent", "4", "--batch-size", "20", "--total-anne
 SECONDS = 120
 
 
-def command(*args, restarts=0):
-    """fastvae by torchrun, as two processes."""
+def torchrun(*args, restarts=0):
+    """Two processes of what follows."""
     launcher = [
         "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
         f"--max-restarts={restarts}", "--nproc-per-node=2",
     ]  # fmt: skip
-    return [sys.executable, *launcher, "-m", "fastvae", *map(str, args)]
-
-
-def run(*args):
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=SECONDS)
+    return [sys.executable, *launcher, *map(str, args)]
 
 
 def alone(*args):
@@ -74,21 +70,23 @@ def assert_same_metrics(a, b):
         assert row == pytest.approx(other, rel=1e-5)
 
 
-def test_two_processes_train_as_one_and_one_goes_on(data, tmp_path):
-    done = run("train", data, tmp_path / "two", "--epochs", 2, *OPTIONS)
-    assert done.returncode == 0, done.stderr
-    words = done.stdout + done.stderr
-    assert "2 processes, by items: the batch of 20 users is smaller than the 40 items" in words
-    assert words.count("best epoch ") == 1
-    for name, more in (("two", ["--resume"]), ("one", [])):
-        alone("train", data, tmp_path / name, "--epochs", 3, *OPTIONS, *more)
-    assert_same_metrics(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+class Ended(NamedTuple):
+    """What both processes of a command have left, their words one after the other."""
+
+    returncode: tuple[int, ...]
+    stdout: str
+    stderr: str
 
 
-def test_an_error_of_all_is_told_once(data, tmp_path):
-    done = run("train", tmp_path / "nothing", tmp_path / "run")
-    assert done.returncode != 0
-    assert done.stderr.count("train: dataset must be a dataset folder, got nothing at") == 1
+COMMANDS = {
+    "train": ["train", "{data}", "{run}/run", "--epochs", "2", *OPTIONS],
+    "error": ["train", "{run}/nothing", "{run}/other"],
+    "evaluate": [
+        "evaluate", "{checkpoint}", "{data}", "--json", "--metric", "ndcg@10", "--metric", "coverage@3",
+        "--per-user", "{run}/users.csv",
+    ],
+    "recommend": ["recommend", "{checkpoint}", "{data}", "{run}/top.jsonl", "-k", "25"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,36 +98,69 @@ def checkpoint(data):
     return path
 
 
-class File(NamedTuple):
-    """An argument: a file of this name in the folder of a run."""
+@pytest.fixture(scope="module")
+def arguments(data, checkpoint):
+    """Those of a command whose files are in a folder."""
 
-    name: str
+    def of(name, run):
+        names = {"data": data, "run": run, "checkpoint": checkpoint}
+        return [argument.format(**names) for argument in COMMANDS[name]]
 
-
-def assert_two_do_as_one(tmp_path, ways, *args):
-    """The command writes the same file and stdout by two processes; a line of stderr says how they share the work."""
-    folders = [tmp_path / "two", tmp_path / "one"]
-    for folder in folders:
-        folder.mkdir()
-    two, one = ([f / a.name if isinstance(a, File) else a for a in args] for f in folders)
-    done = run(*two)
-    assert done.returncode == 0 and ways in done.stderr, done.stderr
-    assert done.stdout.replace(str(folders[0]), "") == alone(*one).replace(str(folders[1]), "") > ""
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
-    assert len(files[0]) == 1 and files[0] == files[1]
+    return of
 
 
-def test_two_processes_evaluate_as_one(data, checkpoint, tmp_path):
-    metrics = [part for name in ("ndcg@10", "coverage@3") for part in ("--metric", name)]
-    args = ["evaluate", checkpoint, data, "--json", *metrics, "--per-user", File("users.csv")]
-    ways = "2 processes, by items: 12 users, fewer than 16 for each process\n"
-    assert_two_do_as_one(tmp_path, ways, *args)
+@pytest.fixture(scope="module")
+def two(arguments, tmp_path_factory):
+    """The folder of two processes that torchrun has started once, and how each command ended."""
+    folder = tmp_path_factory.mktemp("two")
+    commands = folder / "commands.json"
+    commands.write_text(json.dumps([arguments(name, folder) for name in COMMANDS]))
+    child = Path(__file__).parent / "children" / "commands.py"
+    done = subprocess.run(
+        torchrun(child, commands, folder), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    ended = [
+        Ended(codes, "".join(out), "".join(err))
+        for codes, out, err in (zip(*both, strict=True) for both in zip(*ranks, strict=True))
+    ]
+    return folder, dict(zip(COMMANDS, ended, strict=True))
 
 
-def test_two_processes_recommend_as_one(data, checkpoint, tmp_path):
-    args = ["recommend", checkpoint, data, File("top.jsonl"), "-k", 25]
-    ways = "2 processes, by users: 120 users, at least 16 for each process\n"
-    assert_two_do_as_one(tmp_path, ways, *args)
+def test_two_processes_train_as_one_and_one_goes_on(two, data, tmp_path):
+    folder, ended = two
+    done = ended["train"]
+    assert done.returncode == (0, 0), done.stderr
+    words = done.stdout + done.stderr
+    assert "2 processes, by items: the batch of 20 users is smaller than the 40 items" in words
+    assert words.count("best epoch ") == 1
+    assert (folder / "run" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    for run, more in ((folder / "run", ["--resume"]), (tmp_path / "one", [])):
+        alone("train", data, run, "--epochs", 3, *OPTIONS, *more)
+    assert_same_metrics(metrics(folder / "run"), metrics(tmp_path / "one"))
+
+
+def test_an_error_of_all_is_told_once(two):
+    done = two[1]["error"]
+    assert done.returncode == (2, 2)
+    assert done.stderr.count("train: dataset must be a dataset folder, got nothing at") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "ways"),
+    [
+        ("evaluate", "users.csv", "by items: 12 users, fewer than 16 for each process"),
+        ("recommend", "top.jsonl", "by users: 120 users, at least 16 for each process"),
+    ],
+)
+def test_two_processes_do_as_one(two, arguments, tmp_path, name, file, ways):
+    folder, done = two[0], two[1][name]
+    assert done.returncode == (0, 0), done.stderr
+    assert f"2 processes, {ways}\n" in done.stderr
+    words = alone(*arguments(name, tmp_path))
+    assert done.stdout.replace(str(folder), "") == words.replace(str(tmp_path), "") > ""
+    assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
 def test_the_group_ends_with_its_threads():
@@ -155,7 +186,7 @@ def started(data, folder, epochs, restarts=0, more=()):
     """torchrun in the background, once its first checkpoint is there, and the ids of its processes."""
     args = ["train", data, folder, "--epochs", epochs, *OPTIONS, *more]
     process = subprocess.Popen(
-        command(*args, restarts=restarts),
+        torchrun("-m", "fastvae", *args, restarts=restarts),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
