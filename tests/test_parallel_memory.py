@@ -1,14 +1,17 @@
-"""What several processes hold: no second copy of a weight where weights are compared or made whole; one alone shares nothing."""
+"""What several processes hold: no second copy of a weight where weights are compared or made whole; one alone shares nothing,
+and on a GPU one does what several do."""
 
 import gc
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from training import N_ITEMS, learnable, model, weights
+from training import IDS, N_ITEMS, learnable, model, weights
 
-from fastvae import fit, parallel, parallel_trainer
+from fastvae import evaluate, fit, parallel, parallel_trainer, recommend
+from fastvae.checkpoint import load_model
 from fastvae.ops import _buffers
 from fastvae.parallel import ItemPart, Processes
 from fastvae.parallel_trainer import ParallelTrainer
@@ -94,3 +97,47 @@ def test_a_group_of_one_trains_as_one_process(group, tmp_path, monkeypatch, cut)
         fit(net, train, validation, epochs=2, run_dir=tmp_path / str(shared), **shared)
         found.append(weights(net))
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize("cut", parallel.PARALLEL)
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.gpu)],
+)
+def test_what_several_do_on_a_device_is_right_for_one(backend, device, cut, tmp_path, monkeypatch):
+    # a GPU has no second process for NCCL: one takes all the steps of several
+    monkeypatch.setattr(
+        parallel_trainer.Several, "_is_one", property(lambda _: False, Mock()), raising=False
+    )
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train, (fold_in, held_out) = learnable()
+        found = []
+        for shared in ({}, {"parallel": cut}):
+            net, run = model().to(device), tmp_path / f"run{len(shared)}"
+            parts = {"checkpoint_bytes": 0} if cut == "items" and shared else {}
+            options = {"epochs": 2, "batch_size": 50, "clip_grad_norm": 0.1, "run_dir": run}
+            # a graph draws other noise
+            options |= {"cuda_graph": False}
+            fit(net, train, (fold_in, held_out), items=IDS, **options, **shared, **parts)
+            assert sorted(path.name for path in run.glob("*.parts-*")) == (
+                ["best.pt.parts-1", "last.pt.parts-1"] if parts else []
+            )
+            fit(
+                net,
+                train,
+                (fold_in, held_out),
+                items=IDS,
+                resume=True,
+                **options | {"epochs": 3},
+                **shared,
+                **parts,
+            )
+            loaded, _ = load_model(run / "best.pt")
+            top = recommend(net, fold_in, 5, **shared)
+            metrics = evaluate(net, fold_in, held_out, **shared).mean
+            found.append((weights(net), loaded.state_dict(), top.items, top.scores, metrics))
+        rtol, atol = (1e-5, 1e-7) if device == "cpu" else (1e-4, 1e-5)
+        torch.testing.assert_close(*found, rtol=rtol, atol=atol)
+    finally:
+        dist.destroy_process_group()
