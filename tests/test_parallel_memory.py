@@ -1,5 +1,4 @@
-"""What several processes hold: no second copy of a weight where weights are compared or made whole; one alone shares nothing,
-and on a GPU one does what several do."""
+"""What several processes hold: no second copy of a weight where weights are compared or made whole; one does what several do."""
 
 import gc
 import weakref
