@@ -8,6 +8,7 @@ state_dict is read too, of ours or of other Mult-VAE code: see convert.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -105,7 +106,7 @@ def _content(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a foreign file provokes, it is refused in one sentence
         _refuse_pickled(path, error)
         raise ValueError(
-            f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got a file that torch cannot read so"
+            f"checkpoint: {path} must be a whole checkpoint of tensors and JSON, got {_unreadable(path)}"
         ) from error
     parts = _unwrapped(parts)
     if _is_state_dict(parts):
@@ -126,6 +127,15 @@ def _content(path: Path) -> dict[str, Any]:
             "use the fastvae version that wrote it"
         )
     return parts | {"meta": meta}
+
+
+def _unreadable(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
+        if is_npz(path):
+            return "arrays that are compressed or no plain numbers; np.savez writes others"
+    if path.suffix == ".safetensors":
+        return "safetensors' format; torch.save(safetensors.torch.load_file(file), path) writes torch's"
+    return "a file that torch cannot read so"
 
 
 def _unwrapped(parts: Any) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import first_of
 from .models import MultiDAE, MultiVAE
 
 
@@ -183,9 +184,36 @@ def _recognised(weights: Mapping[str, Tensor]) -> tuple[Source, list[Layer], lis
             layers = _take(source, names)
             if layers is not None:
                 return source, *layers
-    keys = ", ".join(repr(key[:40]) for key in list(weights)[:3])
-    sources = ", ".join(dict.fromkeys(source.name for source in SOURCES))
-    raise ValueError(f"keys of none of {sources}, such as {keys}")
+    raise ValueError(_unlike(weights))
+
+
+def _unlike(weights: Mapping[str, Tensor]) -> str:
+    """What keeps keys from being a source's: those that one with most of them has not, or lacks."""
+    prefix = list(_prefixes(weights))[-1]
+    names = {key.removeprefix(p) for p in {"", prefix} for key in weights}
+    known = [(source, _named(source, names)) for source in SOURCES]
+    source, named = max(known, key=lambda row: len(row[1] & names))
+    if len(named & names) < 2:
+        sources = ", ".join(dict.fromkeys(source.name for source in SOURCES))
+        return f"keys of none of {sources}, such as {first_of(weights)}"
+    further = [key for key in weights if key not in named and key.removeprefix(prefix) not in named]
+    if further:
+        return f"keys of {source.name}, and further ones: {first_of(further)}"
+    if missing := sorted(named - names):
+        return f"keys of {source.name} without {first_of(missing)}"
+    return f"keys of {source.name}, but not all of its layers, such as {first_of(weights)}"
+
+
+def _named(source: Source, names: set[str]) -> set[str]:
+    """The keys of a source's layers of which weight or bias is among the names."""
+    rows = (*source.encoder, *source.decoder, *source.heads, *source.copies)
+    named: set[str] = set()
+    for layers in rows:
+        for k in range(min(len(names), 100) if "{" in layers.weight else 1):
+            n = layers.first + k * layers.step
+            pair = {text.format(n=n, next=n + 1) for text in (layers.weight, layers.bias)}
+            named |= pair if pair & names else set()
+    return named
 
 
 def _prefixes(keys: Mapping[str, Any]) -> Iterator[str]:
@@ -236,7 +264,9 @@ def _widths(layers: Sequence[Layer]) -> list[int]:
 
 # files
 
-_OF_ADAM = re.compile(r"/Adam(_1)?(:0)?$|^beta[12]_power")  # a TensorFlow checkpoint holds them too
+_OF_ADAM = re.compile(
+    r"/Adam(_1)?(:0)?$|^beta[12]_power|^global_step"
+)  # a TensorFlow checkpoint holds them too
 
 
 def is_npz(path: str | os.PathLike[str]) -> bool:

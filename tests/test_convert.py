@@ -205,18 +205,36 @@ def test_an_activation_that_the_keys_do_not_say_is_an_argument(tmp_path):
         assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("change", ["missing", "further", "another shape", "one layer"])
+NO_SOURCES_KEYS = {
+    "missing": "keys of vae-cf-pytorch without 'layers.1.bias'",
+    "further": "keys of vae-cf-pytorch, and further ones: 'head.weight'",
+    "half": "keys of vae-cf-pytorch, but not all of its layers, such as 'q_layers.0.weight'",
+    "none": "keys of none of fastvae or RecoTour, .* such as 'a', 'b'",
+    "many": "keys of none of .* such as 'a0', 'a1', 'a2'$",
+    "another shape": "weights of shapes",
+    "one layer": "a single layer",
+}
+
+
+@pytest.mark.parametrize("change", NO_SOURCES_KEYS)
 def test_keys_that_are_not_all_a_sources_are_refused(change):
     state = dict(net(nets.VaeCf, vae=False).state_dict())
     if change == "missing":
         del state["layers.1.bias"]
     elif change == "further":
         state["head.weight"] = torch.zeros(2, 2)
+    elif change == "half":
+        whole = net(nets.VaeCf).state_dict().items()
+        state = {key: value for key, value in whole if key.startswith("q_")}
+    elif change == "none":
+        state = {"a": torch.zeros(2, 2), "b": torch.zeros(2)}
+    elif change == "many":
+        state = {f"a{n}": torch.zeros(1) for n in range(20_000)}
     elif change == "one layer":
         state = {key: value for key, value in state.items() if ".0." in key}
     else:
         state["layers.1.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"keys of none of|weights of shapes|a single layer"):
+    with pytest.raises(ValueError, match=NO_SOURCES_KEYS[change]):
         converted(state)
 
 
@@ -330,8 +348,15 @@ def test_an_npz_that_is_not_plain_numbers_is_refused(tmp_path, kind):
         path.write_bytes(
             content.replace(b"'shape': (8,), }" + b" " * 8, b"'shape': (8000000000,),}")
         )
-    with pytest.raises(ValueError, match=r"^checkpoint: .*w\.npz must "):
+    expected = r"^checkpoint: .*w\.npz must " + ".*; np.savez writes" * (kind != "integers")
+    with pytest.raises(ValueError, match=expected):
         load_model(path)
+
+
+def test_safetensors_files_are_refused_with_what_helps(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(ValueError, match=r"got safetensors' format; torch\.save\(safetensors\."):
+        load_model(tmp_path / "w.safetensors")
 
 
 @pytest.fixture
@@ -388,8 +413,27 @@ def test_what_the_command_refuses(tmp_path, run):
     said = run("convert", old, tmp_path / "new.pt", "--items", ids).err
     assert "convert: --items must hold 12 ids, got 2" in said
     said = run("convert", old, tmp_path / "new.pt", "--items", tmp_path / "none.txt").err
-    assert "convert: --items must be a text file, got" in said
+    assert "convert: --items must be a file of ids, one a line, got nothing at" in said
+    ids.write_text("\n".join(["a", "", *"cdefghijkl"]))
+    said = run("convert", old, tmp_path / "new.pt", "--items", ids).err
+    assert "convert: --items must hold ids that are not empty, got '' at position 1" in said
     assert not (tmp_path / "new.pt").exists()
+    said = run("convert", old, tmp_path).err
+    assert f"convert: new must be a file, got a folder or a device, {tmp_path}" in " ".join(
+        said.split()
+    )
+    said = run("convert", old, tmp_path / "none" / "new.pt").err
+    assert "convert: new must lie in an existing folder, got" in said
+
+
+def test_ids_are_whole_lines(tmp_path, run):
+    """A mark of the byte order and empty lines at the end are no ids; U+2028 within an id does not end it."""
+    save(tmp_path / "old.pt", net(nets.RecoTour))
+    ids = ["a\u2028b", *map(str, range(N_ITEMS - 1))]
+    text = "\ufeff" + "\r\n".join(ids) + "\r\n\r\n"
+    (tmp_path / "ids.txt").write_bytes(text.encode())
+    run("convert", tmp_path / "old.pt", tmp_path / "new.pt", "--items", tmp_path / "ids.txt")
+    assert load_model(tmp_path / "new.pt")[1] == ids
 
 
 def test_a_source_is_a_row():

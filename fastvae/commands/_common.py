@@ -49,6 +49,11 @@ def read_ids(where: str, name: str, path: Path | None) -> list[str] | None:
     """External ids of a text file, one a line; spaces are part of an id, empty lines are not ids. None stays None."""
     if path is None:
         return None
+    return [line for line in read_lines(where, name, path) if line.strip()]
+
+
+def read_lines(where: str, name: str, path: Path) -> list[str]:
+    """The lines of a file of ids, without the empty ones at its end; a mark of the byte order is no part of the first."""
     if not path.is_file():
         got = f"a folder at {path}" if path.is_dir() else f"nothing at {path}"
         raise ValueError(f"{where}: {name} must be a file of ids, one a line, got {got}")
@@ -58,7 +63,8 @@ def read_ids(where: str, name: str, path: Path | None) -> list[str] | None:
         raise ValueError(
             f"{where}: {name} must be a text file in UTF-8, got other bytes in {path}"
         ) from None
-    return [line for line in text.split("\n") if line.strip()]
+    # splitlines would also split at what stands within a name, such as U+2028
+    return text.rstrip("\n").split("\n") if text.strip() else []
 
 
 def check_items(run: Path, n_items: int, vocabulary: list[str] | None, items: Any) -> None:

@@ -11,6 +11,7 @@ from .. import console
 from .._checks import check_ids
 from ..checkpoint import load_model, write_checkpoint
 from ..options import Quirk
+from ._common import read_lines
 
 PADDING = "[PAD]"  # how RecBole names the item that stands for none
 
@@ -20,7 +21,9 @@ def convert(
         Path,
         typer.Argument(help="state_dict (.pt, .pth) of other code, or an .npz of TensorFlow's."),
     ],
-    new: Annotated[Path, typer.Argument(help="Checkpoint file to write.")],
+    new: Annotated[
+        Path, typer.Argument(help="Checkpoint file to write; one that is there is replaced.")
+    ],
     items: Annotated[
         Path | None,
         typer.Option(help="Text file of the items' ids, one a line, in the order of the columns."),
@@ -42,8 +45,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write weights of other Mult-VAE code as a checkpoint that all commands take, and say what was recognised."""
-    if old.resolve() == new.resolve():
-        raise ValueError(f"convert: new must be another file than the old, got {new} for both")
+    _check_new(old, new)
     model, ids = load_model(
         old,
         tanh_after_dropout,
@@ -59,11 +61,20 @@ def convert(
     )
 
 
+def _check_new(old: Path, new: Path) -> None:
+    """Before anything is read: a new file in a folder that is there, and not the old one."""
+    if old.resolve() == new.resolve():
+        raise ValueError(f"convert: new must be another file than the old, got {new} for both")
+    if new.exists() and not new.is_file():
+        raise ValueError(f"convert: new must be a file, got a folder or a device, {new}")
+    if not new.resolve().parent.is_dir():
+        raise ValueError(
+            f"convert: new must lie in an existing folder, got {new}; create the folder first"
+        )
+
+
 def _ids(path: Path, n_items: int) -> list[str]:
-    try:
-        ids = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"convert: items must be a text file, got {path} ({error})") from None
+    ids = read_lines("convert", "items", path)
     if len(ids) == n_items + 1 and ids[0] == PADDING:
         ids = ids[1:]
     return check_ids("convert", "items", ids, n_items)
