@@ -105,9 +105,11 @@ class Encoder(Drawing):
     def _first(self, x: Tensor | Clicks, active: bool) -> Tensor:
         layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
         plain = is_only(layer, nn.Linear)
+        # layer.weight is asked for once: a parametrization computes it each time
         if isinstance(x, Clicks) and not plain:
             x = x.to_dense().to(dtype_of(self))
-        elif isinstance(x, Tensor) and plain and not is_watched((layer.weight,)):
+        # not layer.weight: that of a parametrization is computed by asking for it
+        elif isinstance(x, Tensor) and plain and not is_watched(tuple(layer.parameters())):
             clicks = clicks_in(x)
             x = x if clicks is None else clicks
         if isinstance(x, Clicks):

@@ -89,7 +89,7 @@ SOURCES = (
     Source(
         "Cornac",
         (_layers("encoder.fc{n}"),), (_layers("decoder.fc{n}"),), heads=(_layers("enc_mu"), _layers("enc_logvar")),
-        normalize_input=False, ask="where act_fn was relu, activation='relu'",
+        normalize_input=False, ask="where act_fn was relu, activation='relu'; no other than it and tanh has an equal here",
     ),
     Source(
         "WarpRec",
@@ -132,7 +132,9 @@ class Converted:
         differs = [f"activation {model.activation!r}"] * (model.activation != "tanh")
         differs += ["input not normalised"] * (not model.normalize_input)
         differs += ["its item 0, which is padding, is left out"] * bool(source.padding)
-        return "; ".join(filter(None, [text, *differs, source.ask]))
+        differs += ["tanh after each dropout"] * model.tanh_after_dropout
+        asked = model.tanh_after_dropout or model.activation != source.activation
+        return "; ".join([text, *differs, *[source.ask] * (bool(source.ask) and not asked)])
 
 
 def converted(

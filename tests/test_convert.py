@@ -88,6 +88,19 @@ def test_every_source_is_among_the_cases():
     assert names == {source.name for source in SOURCES}
 
 
+def test_what_keys_do_not_say_is_asked_until_it_is_said(tmp_path, capsys):
+    save(tmp_path / "a.pt", net(nets.RecoTour))
+    save(tmp_path / "b.pt", net(nets.Cornac))
+    for name, options, ending in (
+        ("a.pt", {}, "RecoTour's own forward needs tanh_after_dropout=True"),
+        ("a.pt", {"tanh_after_dropout": True}, "widths 12-8-4-8-12; tanh after each dropout"),
+        ("b.pt", {}, "no other than it and tanh has an equal here"),
+        ("b.pt", {"activation": "relu"}, "activation 'relu'; input not normalised"),
+    ):
+        load_model(tmp_path / name, verbose=True, **options)
+        assert capsys.readouterr().err.strip().endswith(ending)
+
+
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.module.", "model.", "model._orig_mod.vae."]
 )

@@ -151,6 +151,29 @@ def test_a_parametrized_weight_is_what_is_computed_with():
         torch.testing.assert_close(model(x)[0], double(x)[0])
 
 
+@pytest.mark.parametrize("call", ["dense", "clicks", "loss"])
+def test_a_parametrized_weight_is_computed_once_in_a_step(call):
+    """spectral_norm goes on by a step of its iteration each time, and in public code it does so once."""
+
+    class Counted(nn.Module):
+        times = 0
+
+        def forward(self, weight):
+            self.times += 1
+            return 2 * weight
+
+    model = made()
+    first = model.encode.q_layers.linear_0
+    counted = Counted()
+    nn.utils.parametrize.register_parametrization(first, "weight", counted)
+    counted.times = 0
+    if call == "loss":
+        model.loss(CLICKS, 0.2)
+    else:
+        model(CLICKS.to_dense() if call == "dense" else CLICKS)
+    assert counted.times == 1
+
+
 @pytest.mark.parametrize("make", [MultiVAE, MultiDAE])
 def test_weights_row_by_row_can_be_flattened(make):
     torch.manual_seed(0)

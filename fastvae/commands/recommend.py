@@ -87,7 +87,7 @@ def _check_log(run: Path, n_items: int, histories: Path, log: Events) -> None:
     if not histories.is_dir():
         raise ValueError(
             f"recommend: histories must be the dataset folder where {run} does not hold the item ids, "
-            f"got {histories}"
+            f"got {histories}; fastvae convert --items gives it them"
         )
     check_items(run, n_items, None, log.items)
 
