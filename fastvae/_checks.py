@@ -5,6 +5,7 @@ Messages have one form: `<where>: <argument> must <expected>, got <actual>[; <wh
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import warnings
@@ -95,6 +96,11 @@ def shown(value: Any) -> str:
         return "a whole number of more than 40 digits"
     text = str(value) if isinstance(value, Real) else repr(value)  # np.float32(2) is 2.0
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def digest(content: bytes) -> str:
+    """A text that no other content will have."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def check_clicks(where: str, name: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._item_range import item_range
 from ._last_layer import has_last_layer, logits_of_items
 from .clicks import Clicks
-from .parallel import Processes
+from .parallel import Processes, digest_of
 from .ranking import (
     MIN_ROWS,
     BlockScorer,
@@ -55,6 +55,13 @@ class ScoredUsers:
     def joined(self, t: Tensor, n_users: int) -> Tensor:
         """t [n, own users] of all processes, [n, n_users]."""
         return self.processes.joined(t.t(), n_users).t()
+
+    def check_alike(self, where: str, model: nn.Module, **given: Any) -> None:
+        """ValueError in all processes where one of them has another model or other arguments; collective."""
+        # what has been cut differs, and is compared where it is trained
+        if getattr(model, "part", None) is None:
+            given["model"] = digest_of(model)
+        self.processes.check_alike(where, parallel=self.processes.parallel, **given)
 
     def any(self, seen: Tensor) -> Tensor:
         """Where a process has true."""
@@ -171,13 +178,12 @@ def _best_of(keys: Tensor) -> tuple[Tensor, Tensor]:
     return values, items_of(keys).masked_fill_(values == -torch.inf, -1)
 
 
-def shared_scores(where: str, model: nn.Module, parallel: str, group: Any) -> ScoredUsers:
+def shared_scores(where: str, model: nn.Module, processes: Processes) -> ScoredUsers:
     """How the processes of a group share the ranking of a model, which is whole or, after ItemPart.cut, a part.
 
-    Raises: ValueError where there is no group, or the model's last layer has no rows of the items.
+    Raises: ValueError where the model's last layer has no rows of the items.
     """
-    processes = Processes(where, parallel, group)
-    if parallel == "users":
+    if processes.parallel == "users":
         return ScoredUsers(processes)
     if getattr(model, "part", None) is None and not has_last_layer(model):
         raise ValueError(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._agreement import checked_by_all
 from ._checks import check_catalogue, check_integer
 from .baselines import Popularity
 from .clicks import Clicks
@@ -118,17 +119,18 @@ def evaluate(
     kinds of argument.
     Source: Liang et al. 2018, section 4.2 and 4.3.
     """
-    fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
-    if not isinstance(metrics, Iterable):
-        raise TypeError(f"evaluate: metrics must be names such as 'ndcg@100', got {metrics!r}")
-    names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
-    wanted = {name: _parse(name) for name in names}
-    _check(model, fold_in, held_out, wanted, block_size, train)
-    share = None
-    if parallel is not None:
-        from ._parallel_scores import shared_scores
+    with checked_by_all("evaluate", parallel, group) as processes:
+        fold_in, held_out = Clicks.from_matrix(fold_in), Clicks.from_matrix(held_out)
+        if not isinstance(metrics, Iterable):
+            raise TypeError(f"evaluate: metrics must be names such as 'ndcg@100', got {metrics!r}")
+        names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
+        wanted = {name: _parse(name) for name in names}
+        _check(model, fold_in, held_out, wanted, block_size, train)
+        share = None
+        if processes is not None:
+            from ._parallel_scores import shared_scores
 
-        share = shared_scores("evaluate", model, parallel, group)
+            share = shared_scores("evaluate", model, processes)
     return _evaluated(model, fold_in, held_out, wanted, block_size, progress, train, share)
 
 
@@ -139,7 +141,13 @@ def _evaluated(
     device, n_users = device_of(model, fold_in.device), fold_in.n_users
     fold_in, held_out = (clicks.compact().to(device) for clicks in (fold_in, held_out))
     held_out = unseen("evaluate", fold_in, held_out, stacklevel=4)
-    users, clicks = _evaluable(fold_in, held_out), _digest(fold_in, held_out)
+    clicks = _digest(fold_in, held_out)
+    if share is not None:
+        share.check_alike(
+            "evaluate", model, metrics=list(wanted), block_size=block_size,
+            **{"fold_in and held_out": (*fold_in.shape, clicks)},
+        )  # fmt: skip
+    users = _evaluable(fold_in, held_out)
     own = users if share is None else users[share.rows(len(users))]
     fold_in, held_out = (clicks.rows(own).compact() for clicks in (fold_in, held_out))
     by_user = {name: kind for name, kind in wanted.items() if kind[0] != "coverage"}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice
+from ._checks import check_choice, shown
 from ._draws import Drawing
 from ._item_range import ItemRange, item_range
 from ._shadows import row_major
@@ -54,6 +54,11 @@ class Processes:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(
+                f"{where}: group must contain this process, got one without process {dist.get_rank()}; "
+                "call it in the processes of the group alone"
+            )
         self._all_reduce, self._all_gather = dist.all_reduce, dist.all_gather
         self._gather_objects, self._op = dist.all_gather_object, dist.ReduceOp
 
@@ -139,6 +144,17 @@ class Processes:
         kind = getattr(builtins, name, RuntimeError)
         raise (kind if issubclass(kind, Exception) else RuntimeError)(text) from error
 
+    def check_alike(self, where: str, **given: Any) -> None:
+        """ValueError in all processes where one of them was given something else than process 0; collective."""
+        first, *others = self.objects(given)
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"{where}: {name} must be the same in all processes, got {shown(other[name])} in process {rank} "
+                        f"and {shown(value)} in process 0; call it with the same arguments in all of them"
+                    )
+
     def check_same(self, what: str, weights: list[Tensor], advice: str) -> None:
         """RuntimeError where weights that all processes hold differ between them, with what to do."""
         found = self.gather(torch.stack([_sum_of_bits(w.detach()) for w in weights]))
@@ -148,6 +164,12 @@ class Processes:
                 f"fit: {what} must be the same in all processes, got another in process {other} than in process 0; "
                 f"{advice}"
             )
+
+
+def digest_of(model: nn.Module) -> int:
+    """A number that other weights would hardly give: sums of the bits of what is fp32."""
+    sums = [int(_sum_of_bits(w.detach())) for w in model.parameters() if w.dtype == torch.float32]
+    return hash(tuple(sums))
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:

@@ -315,18 +315,17 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 class Several:
     """What fit makes otherwise for several processes.
 
-    Raises: ValueError where there is no process group, the model cannot be cut, or CUDA graphs are asked for.
+    Raises: ValueError where the model cannot be cut, or CUDA graphs are asked for.
     """
 
     def __init__(
         self,
+        processes: Processes,
         model: MultiVAE | MultiDAE,
-        parallel: str,
-        group: Any,
         cuda_graph: Any,
         checkpoint_bytes: int,
     ):
-        self.processes = Processes("fit", parallel, group)
+        self.processes = processes
         self.checkpoint_bytes = checkpoint_bytes
         # a group of one has nothing to share, and the loss in steps takes more passes
         self._is_one = self.processes.size == 1
@@ -334,7 +333,7 @@ class Several:
             raise ValueError(
                 "fit: cuda_graph must be None or False where parallel is given, got True"
             )
-        if parallel == "items":
+        if processes.parallel == "items":
             check_cuttable("fit", model)
 
     def speaks(self) -> bool:

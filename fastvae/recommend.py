@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._agreement import checked_by_all
 from ._checks import check_catalogue, check_ids, check_integer, first_of
 from .clicks import Clicks
 from .data import map_items
@@ -242,18 +243,26 @@ def _checked(
     model, histories, k, items, keep_seen, block_size, parallel, group, **rules: Any
 ) -> tuple[BlockScorer, int, list[Any] | None, np.ndarray]:
     """What _blocks takes, from the arguments of recommend."""
-    k = check_integer("recommend", "k", k, 1)
-    if block_size is not None:
-        block_size = check_integer("recommend", "block_size", block_size, 1)
-    n_items = check_model("recommend", model)
-    vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
-    left = rules_of(n_items, vocabulary, **rules)
-    clicks, unknown = read_histories("recommend", model, histories, vocabulary, stacklevel=5)
-    make_scorer: Callable[..., BlockScorer] = BlockScorer
-    if parallel is not None:
-        from ._parallel_scores import shared_scores
+    with checked_by_all("recommend", parallel, group) as processes:
+        k = check_integer("recommend", "k", k, 1)
+        if block_size is not None:
+            block_size = check_integer("recommend", "block_size", block_size, 1)
+        n_items = check_model("recommend", model)
+        vocabulary = None if items is None else check_ids("recommend", "items", items, n_items)
+        left = rules_of(n_items, vocabulary, **rules)
+        clicks, unknown = read_histories("recommend", model, histories, vocabulary, stacklevel=5)
+        share = None
+        if processes is not None:
+            from ._parallel_scores import shared_scores
 
-        make_scorer = shared_scores("recommend", model, parallel, group).scorer_of_all
+            share = shared_scores("recommend", model, processes)
+    make_scorer: Callable[..., BlockScorer] = BlockScorer
+    if share is not None:
+        share.check_alike(
+            "recommend", model, k=k, histories=clicks.fingerprint(), block_size=block_size, keep_seen=keep_seen,
+            **left.told(),
+        )  # fmt: skip
+        make_scorer = share.scorer_of_all
     scorer = make_scorer(model, clicks, k, block_size, keep_seen, left)
     return scorer, k, vocabulary, unknown
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_catalogue, check_ids, check_number, first_of
+from ._checks import check_catalogue, check_ids, check_number, digest, first_of
 from .clicks import Clicks
 
 
@@ -38,6 +38,13 @@ class Rules:
             # an empty range has no item that could stand for the others
             columns = None if len(columns) == own.stop - own.start else columns
         return Rules(columns, None if self.penalty is None else self.penalty[own])
+
+    def told(self) -> dict[str, Any]:
+        """What tells the rules of one process from those of another, by the names of recommend's arguments."""
+        told = {"allowed or exclude": self.columns, "popularity": self.penalty}
+        return {
+            name: None if t is None else digest(t.numpy().tobytes()) for name, t in told.items()
+        }
 
     def to(self, device: torch.device) -> Rules:
         """The same rules on a device."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._agreement import checked_by_all
 from ._checks import (
     check_catalogue,
     check_choice,
@@ -24,6 +26,7 @@ from ._checks import (
     check_number,
     check_pair,
     check_per_click,
+    digest,
     shown,
 )
 from ._interrupt import held_interrupt
@@ -117,34 +120,65 @@ def fit(
     good checkpoint is named. KeyboardInterrupt: last.pt holds the update reached.
     Source: Liang et al. 2018 (arXiv:1802.05814), sections 2.2 and 4.4.
     """
-    _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch)
-    device = next(model.parameters()).device
-    per_click = check_per_click("fit", per_click, normalize)
-    items = None if items is None else check_ids("fit", "items", items, model.n_items)
-    folder = _folder(run_dir, resume)
-    given = {
-        "epochs": epochs, "batch_size": batch_size, "total_anneal_steps": total_anneal_steps, "patience": patience,
-    }  # fmt: skip
-    plan, settings = _settled(
-        train.n_users, validation, folder if resume else None, preset, given, anneal_cap, lr_schedule,
-        warm=warm_start is not None, lr=lr, per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
-        weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
-    )  # fmt: skip
-    make_run, make_trainer, speaks = _makers(model, parallel, group, cuda_graph, checkpoint_bytes)
-    train, run = train.to(device), None
-    if folder is not None:
-        run = make_run(folder, model, settings.config(), train, validation, items, plan.limits())
-    if validation is not None:
+    with checked_by_all("fit", parallel, group) as processes:
+        _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch)
+        device = next(model.parameters()).device
+        per_click = check_per_click("fit", per_click, normalize)
+        items = None if items is None else check_ids("fit", "items", items, model.n_items)
+        folder = _folder(run_dir, resume)
+        given = {
+            "epochs": epochs, "batch_size": batch_size, "total_anneal_steps": total_anneal_steps, "patience": patience,
+        }  # fmt: skip
+        plan, settings = _settled(
+            train.n_users, validation, folder if resume else None, preset, given, anneal_cap, lr_schedule,
+            warm=warm_start is not None, lr=lr, per_click=per_click, precision=check_choice("fit", "precision", precision, precisions(device)), seed=seed,
+            weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
+        )  # fmt: skip
+        make_run, make_trainer, speaks = _makers(model, processes, cuda_graph, checkpoint_bytes)
+        train, run = train.to(device), None
+        if folder is not None:
+            run = make_run(
+                folder, model, settings.config(), train, validation, items, plan.limits()
+            )
         validation = _evaluable(validation, device)
-    start = _warm_start(None if resume else warm_start, model, items, run)
+        start = _warm_start(None if resume else warm_start, model, items, run)
+    _agree(
+        processes, model, train, validation, settings, plan, items, run_dir, resume, warm_start, on_epoch, checkpoint_bytes,
+    )  # fmt: skip
     with run.claimed(resume) if run else contextlib.nullcontext():
         trainer = make_trainer(model, train, validation, settings, run, cuda_graph)
-        held, shown = held_interrupt(terminated=parallel is not None), progress and speaks
-        with ProgressBar(shown, plan.epochs, train.n_users) as bar, held as interrupted:
-            _begin(trainer, train, plan, start, resume, bar)
-            trainer.run_epochs(plan.epochs, plan.patience, bar, interrupted, on_epoch)
-        trainer.finish()
+        held = held_interrupt(terminated=parallel is not None)
+        _train(trainer, train, plan, start, resume, held, progress and speaks, on_epoch)
     return trainer.result
+
+
+def _train(trainer: Trainer, train: Clicks, plan: Plan, start, resume, held, progress, on_epoch):
+    with ProgressBar(progress, plan.epochs, train.n_users) as bar, held as interrupted:
+        _begin(trainer, train, plan, start, resume, bar)
+        trainer.run_epochs(plan.epochs, plan.patience, bar, interrupted, on_epoch)
+    trainer.finish()
+
+
+def _agree(
+    processes, model, train, validation, settings, plan, items, run_dir, resume, warm_start, on_epoch, checkpoint_bytes,
+) -> None:  # fmt: skip
+    """ValueError in all processes where one of them was given something else; causes come before what follows."""
+    if processes is None:
+        return
+    first = {
+        "parallel": processes.parallel,
+        "model": {"class": type(model).__name__} | model.config(),
+        "train": train.fingerprint(),
+        "validation": validation and [clicks.fingerprint() for clicks in validation],
+        "resume": resume,
+        "run_dir": run_dir and str(run_dir),
+        "warm_start": warm_start and str(warm_start),
+        "items": items and digest(repr(items).encode()),
+        # process 0 alone calls it, and the others wait for its answer
+        "on_epoch": on_epoch and "a callback",
+    }
+    last = {"checkpoint_bytes": checkpoint_bytes}
+    processes.check_alike("fit", **first | plan.limits() | asdict(settings) | last)
 
 
 def _warm_start(path, model, items, run: RunFolder | None) -> WarmStart | None:
@@ -190,14 +224,14 @@ def _check_call(model, train, validation, resume, progress, cuda_graph, on_epoch
         raise TypeError(f"fit: on_epoch must be callable, got {shown(on_epoch)}")
 
 
-def _makers(model, parallel, group, cuda_graph, checkpoint_bytes) -> tuple[Any, Any, bool]:
+def _makers(model, processes, cuda_graph, checkpoint_bytes) -> tuple[Any, Any, bool]:
     """What makes the run folder and the trainer, and whether this process shows a progress bar."""
     checkpoint_bytes = check_integer("fit", "checkpoint_bytes", checkpoint_bytes, high=None)
-    if parallel is None:
+    if processes is None:
         return RunFolder, Trainer, True
     from .parallel_trainer import Several
 
-    several = Several(model, parallel, group, cuda_graph, checkpoint_bytes)
+    several = Several(processes, model, cuda_graph, checkpoint_bytes)
     return several.run_folder, several.trainer, several.speaks()
 
 
@@ -271,8 +305,10 @@ def _lr_steps(lr_schedule: Any, validation: Any, planned: int, resumed: Path | N
     return check_integer("fit", "total_lr_steps", then.get("total_lr_steps", planned), high=None)
 
 
-def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks]:
+def _evaluable(validation, device: torch.device) -> tuple[Clicks, Clicks] | None:
     """validation on the device, without held-out clicks that are in fold_in too; ValueError where nothing is left."""
+    if validation is None:
+        return None
     fold_in, held_out = (clicks.to(device).compact() for clicks in validation)
     held_out = unseen("fit", fold_in, held_out, stacklevel=4)
     if not ((fold_in.row_lengths() > 0) & (held_out.row_lengths() > 0)).any():

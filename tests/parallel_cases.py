@@ -161,6 +161,53 @@ def messages(group, rank):
     return told
 
 
+def other_arguments(group, rank, folder):
+    """What all processes raise where one of them is given something else, and who is not in the group."""
+    train, (fold_in, held_out) = learnable()
+    shared, told = {"parallel": "items", "group": group}, []
+
+    def fitted(**options):
+        data = options.pop("train", train), options.pop("validation", None)
+        fit(model(), *data, **{"epochs": 1, "batch_size": 50} | shared | options)
+
+    def scored(call, *pair, net=None, **options):
+        call(net or model(), *pair, **shared | options)
+
+    turned = train.rows(range(train.n_users - 1, -1, -1))
+    other = model()
+    with torch.no_grad():
+        other.encode.q_layers.layer(0).bias.add_(1)
+    for at, call, odd in (
+        (1, fitted, {"batch_size": 49}),
+        (2, fitted, {"epochs": 2}),
+        (3, fitted, {"seed": 1}),
+        (1, fitted, {"precision": "bf16"}),
+        (1, fitted, {"validation": (fold_in, held_out)}),
+        (1, fitted, {"train": turned}),
+        (1, fitted, {"parallel": "users"}),
+        (1, fitted, {"run_dir": f"{folder}/of one"}),
+        (1, fitted, {"items": IDS}),
+        (1, fitted, {"checkpoint_bytes": 1}),
+        (1, fitted, {"on_epoch": print}),
+        (2, fitted, {"lr": -1}),
+        (1, lambda **o: scored(evaluate, fold_in, held_out, **o), {"metrics": ["recall@5"]}),
+        (1, lambda **o: scored(evaluate, fold_in, o.pop("to_find", held_out), **o), {"to_find": fold_in.rows(range(fold_in.n_users - 1, -1, -1))}),
+        (1, lambda **o: scored(evaluate, fold_in, held_out, **o), {"net": other}),
+        (1, lambda **o: scored(evaluate, fold_in, held_out, **o), {"metrics": []}),
+        (3, lambda **o: scored(recommend, o.pop("of", train), **o), {"k": 3}),
+        (1, lambda **o: scored(recommend, o.pop("of", train), **o), {"of": turned}),
+        (1, lambda **o: scored(recommend, o.pop("of", train), **o), {"exclude": [1]}),
+        (1, lambda **o: scored(recommend, o.pop("of", train), **o), {"k": 0}),
+    ):  # fmt: skip
+        try:
+            call(**odd if rank == at else {})
+            told.append(None)
+        except (ValueError, TypeError, RuntimeError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    dist.barrier(group)
+    return told
+
+
 def full_disk(group, rank, folder):
     """What a save in parts tells each process where one finds no space, and what it leaves."""
     from torch.distributed.checkpoint import FileSystemWriter
@@ -355,6 +402,11 @@ def process(rank, port, folder):
                 shared = {"parallel": cut, "group": groups[size]}
                 found["warm", cut, size] = begun_with(f"{folder}/vae-parts-3", **shared)
         found["messages"] = messages(groups[4], rank)
+        found["other arguments"] = other_arguments(groups[4], rank, folder)
+        try:
+            Processes("fit", "users", groups[1])
+        except ValueError as error:
+            found["outside"] = str(error)
         found["full"] = full_disk(groups[4], rank, Path(folder))
         found["ties"] = ties(groups[4])
         found["errors of lists"] = errors_of_lists(groups[4], folder)

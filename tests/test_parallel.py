@@ -242,6 +242,32 @@ def test_each_process_scores_its_users_alone(ranks):
     assert [rank["rows"] for rank in ranks] == [20] * 4
 
 
+def test_what_one_process_is_given_otherwise_all_refuse(ranks, folder):
+    told = ranks[0]["other arguments"]
+    assert all(rank["other arguments"] == told for rank in ranks[1:])
+    names = [re.match("[A-Za-z]+: ([a-z]+: [a-z_ ]+) must", text)[1] for text in told]
+    assert names == [
+        "fit: batch_size", "fit: epochs", "fit: seed", "fit: precision", "fit: validation", "fit: train", "fit: parallel",
+        "fit: run_dir", "fit: items", "fit: checkpoint_bytes", "fit: on_epoch", "fit: lr",
+        "evaluate: metrics", "evaluate: fold_in and held_out", "evaluate: model", "evaluate: metrics",
+        "recommend: k", "recommend: histories", "recommend: allowed or exclude", "recommend: k",
+    ]  # fmt: skip
+    assert told[0] == (
+        "ValueError: fit: batch_size must be the same in all processes, got 49 in process 1 and 50 in process 0; "
+        "call it with the same arguments in all of them"
+    )
+    assert "got 2 in process 2 and 1 in process 0" in told[1]
+    assert told[11] == "ValueError: fit: lr must be a finite number above 0, got -1"
+    assert not (folder / "of one").exists()
+
+
+def test_who_is_not_in_the_group_hears_so(ranks):
+    assert ["outside" in rank for rank in ranks] == [False, True, True, True]
+    assert ranks[2]["outside"].startswith(
+        "fit: group must contain this process, got one without process 2;"
+    )
+
+
 def test_all_processes_tell_the_same_error(ranks):
     for rank in ranks:
         assert rank["messages"] == [
