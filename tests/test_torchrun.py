@@ -163,6 +163,31 @@ def test_two_processes_do_as_one(two, arguments, tmp_path, name, file, ways):
     assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
+@pytest.mark.parametrize("size", ["2", "many"])
+def test_what_torchrun_sets_is_there_as_a_whole(size, data, tmp_path, monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        alone("train", data, tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == (
+        "fastvae: train: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be as torchrun sets them, got "
+        f"RANK=0 WORLD_SIZE={size} MASTER_ADDR=None MASTER_PORT=None; unset RANK to run one process"
+    )
+
+
+def test_one_process_of_torchrun_takes_the_words_of_many(data, tmp_path, monkeypatch):
+    options = ["--epochs", "1", "--hidden", "2", "--latent", "2", "--parallel", "items"]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        alone("train", data, tmp_path / "run", *options)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    alone("train", data, tmp_path / "run", *options)
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
 def test_the_group_ends_with_its_threads():
     code = (
         "import os\n"

@@ -25,7 +25,7 @@ SHARED = ("train", "evaluate", "recommend")
 
 def are_several() -> bool:
     """Whether torchrun, or who sets what it sets, has started more than one process."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def one_voice() -> None:
@@ -59,7 +59,8 @@ def several(command: str, parallel: str | None, device: str | None) -> Iterator[
     Raises: ValueError where parallel is given to one process, RuntimeError where another process has ended.
     """
     if not are_several():
-        if parallel is not None:
+        # torchrun's one process needs no other words than its many
+        if parallel is not None and "RANK" not in os.environ:
             raise ValueError(
                 f"{command}: parallel must be left out in one process, got {parallel}; start several by torchrun"
             )
@@ -74,7 +75,14 @@ def several(command: str, parallel: str | None, device: str | None) -> Iterator[
     importlib.import_module("torch.distributed.nn.functional")
     own = own_device(device)
     # torchrun's store outlives a restart: without a name of this start the addresses of dead processes would be read
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        got = " ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise ValueError(
+            f"{command}: {', '.join(names)} must be as torchrun sets them, got {got}; unset RANK to run one process"
+        ) from error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if own.type == "cuda" else "gloo",
