@@ -4,7 +4,9 @@ import contextlib
 import errno
 import gc
 import itertools
+import multiprocessing
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -35,8 +37,9 @@ def noisy(kind, n_items=N_ITEMS):
     return MODELS[kind]([8, 16, n_items], dropout_enc=[0.5, 0.3], dropout_dec=[0.0, 0.3])
 
 
+MANY = 8  # processes that only go on with what fewer have begun
 # of checkpoints in one file and in parts: which number of processes goes on with what which other has written
-GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3}, "parts": {1: 3, 2: 4, 3: 2, 4: 3}}
+GOES_ON = {"items": {1: 4, 2: 1, 3: 4, 4: 3, MANY: 2}, "parts": {1: 3, 2: 4, 3: 2, 4: 3, MANY: 3}}
 CLIP = 0.1  # far below the norms that there are
 FEW_BYTES = 4 * (4 * 3 + 3 * 4 + 3)  # of few_items' weights with items, which is not too many
 IN_PARTS = {"checkpoint_bytes": 0, "items": IDS}
@@ -359,62 +362,83 @@ def draw_nothing(folder, history):
     (folder.path / CURVE).touch()
 
 
-def process(rank, port, folder):
+def started(process, folder, n):
+    """Run process(rank, folder) in a group of n processes; what each returns, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # all are forks of one process that has imported what takes seconds, and nothing else
+    multiprocessing.set_forkserver_preload(["fastvae.parallel_trainer", "torch._dynamo"])
+    torch.multiprocessing.start_processes(
+        in_group, (process, n, port, str(folder)), nprocs=n, start_method="forkserver"
+    )
+    return [torch.load(f"{folder}/{rank}-of-{n}.pt", weights_only=False) for rank in range(n)]
+
+
+def in_group(rank, process, n, port, folder):
     torch.set_num_threads(1)
     # fit collects what a training has held: without torch's own objects that takes no time
     gc.freeze()
     RunFolder.draw_curve = draw_nothing
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=max(SIZES))
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=n)
     try:
-        groups = {size: dist.new_group(range(size)) for size in SIZES}
-        batch = learnable()[0].rows([5, 7, 2, 2, 90])
-        found = {}
-        for size, cut in itertools.product(SIZES, CUTS):
-            if rank >= size:
-                continue
-            shared = {"parallel": cut, "group": groups[size]}
-            for kind in MODELS:
-                run_dir = f"{folder}/{kind}-{cut}-{size}"
-                found[kind, cut, size] = trained(kind, run_dir, **shared)
-            if cut == "items":
-                run_dir = f"{folder}/vae-parts-{size}"
-                found["vae", "parts", size] = trained(
-                    "vae", run_dir, options=FIT | IN_PARTS, **shared
-                )
-            found["few", cut, size] = few_items(**shared)
-            n_bytes = FEW_BYTES if size != 3 else 3 * FEW_BYTES
-            few = {"run_dir": f"{folder}/few-{cut}-{size}", "checkpoint_bytes": n_bytes}
-            found["clipped fit", cut, size] = few_items(CLIP, **few, **shared)
-            found["clipped", cut, size] = step_of(cut, groups[size], batch, CLIP)
-            found["tied", cut, size] = tied_items(**shared)
-            found["lists", cut, size] = lists(**shared)
-            path = f"{folder}/top-{cut}-{size}.csv"
-            found["written", cut, size] = written(path, **shared)
-            with counting():
-                found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
-        dist.barrier()
-        for size, form in itertools.product(SIZES, GOES_ON):
-            if rank < size:
-                found["on", form, size] = gone_on(folder, form, size, groups[size])
-        for size, cut in itertools.product(SIZES, CUTS):
-            if rank < size:
-                shared = {"parallel": cut, "group": groups[size]}
-                found["warm", cut, size] = begun_with(f"{folder}/vae-parts-3", **shared)
-        found["messages"] = messages(groups[4], rank)
-        found["other arguments"] = other_arguments(groups[4], rank, folder)
-        try:
-            Processes("fit", "users", groups[1])
-        except ValueError as error:
-            found["outside"] = str(error)
-        found["full"] = full_disk(groups[4], rank, Path(folder))
-        found["ties"] = ties(groups[4])
-        found["errors of lists"] = errors_of_lists(groups[4], folder)
-        found["rows"] = rows_scored(groups[4])
-        torch.save(found, f"{folder}/{rank}.pt")
+        torch.save(process(rank, folder), f"{folder}/{rank}-of-{n}.pt")
         # who ends takes along what another has yet to read of it
-        Path(folder, f"{rank}.done").touch()
-        while len(list(Path(folder).glob("*.done"))) < max(SIZES):
+        Path(folder, f"{rank}-of-{n}.done").touch()
+        while len(list(Path(folder).glob(f"*-of-{n}.done"))) < n:
             time.sleep(0.05)
     finally:
         dist.destroy_process_group()
+
+
+def of_many(rank, folder):
+    """What each of many processes has that go on with a run of few."""
+    return {("on", form, MANY): gone_on(folder, form, MANY, dist.group.WORLD) for form in GOES_ON}
+
+
+def process(rank, folder):
+    """What each of four processes finds, in groups of one to four of them."""
+    groups = {size: dist.new_group(range(size)) for size in SIZES}
+    batch = learnable()[0].rows([5, 7, 2, 2, 90])
+    found = {}
+    for size, cut in itertools.product(SIZES, CUTS):
+        if rank >= size:
+            continue
+        shared = {"parallel": cut, "group": groups[size]}
+        for kind in MODELS:
+            run_dir = f"{folder}/{kind}-{cut}-{size}"
+            found[kind, cut, size] = trained(kind, run_dir, **shared)
+        if cut == "items":
+            run_dir = f"{folder}/vae-parts-{size}"
+            found["vae", "parts", size] = trained("vae", run_dir, options=FIT | IN_PARTS, **shared)
+        found["few", cut, size] = few_items(**shared)
+        n_bytes = FEW_BYTES if size != 3 else 3 * FEW_BYTES
+        few = {"run_dir": f"{folder}/few-{cut}-{size}", "checkpoint_bytes": n_bytes}
+        found["clipped fit", cut, size] = few_items(CLIP, **few, **shared)
+        found["clipped", cut, size] = step_of(cut, groups[size], batch, CLIP)
+        found["tied", cut, size] = tied_items(**shared)
+        found["lists", cut, size] = lists(**shared)
+        path = f"{folder}/top-{cut}-{size}.csv"
+        found["written", cut, size] = written(path, **shared)
+        with counting():
+            found["step", cut, size] = *step_of(cut, groups[size], batch), list(SENT)
+    dist.barrier()
+    for size, form in itertools.product(SIZES, GOES_ON):
+        if rank < size:
+            found["on", form, size] = gone_on(folder, form, size, groups[size])
+    for size, cut in itertools.product(SIZES, CUTS):
+        if rank < size:
+            shared = {"parallel": cut, "group": groups[size]}
+            found["warm", cut, size] = begun_with(f"{folder}/vae-parts-3", **shared)
+    found["messages"] = messages(groups[4], rank)
+    found["other arguments"] = other_arguments(groups[4], rank, folder)
+    try:
+        Processes("fit", "users", groups[1])
+    except ValueError as error:
+        found["outside"] = str(error)
+    found["full"] = full_disk(groups[4], rank, Path(folder))
+    found["ties"] = ties(groups[4])
+    found["errors of lists"] = errors_of_lists(groups[4], folder)
+    found["rows"] = rows_scored(groups[4])
+    return found

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +18,16 @@ from parallel_cases import (
     CUTS,
     FIT,
     GOES_ON,
+    MANY,
     MODELS,
     SIZES,
     begun_with,
     draw_nothing,
     few_items,
     lists,
+    of_many,
     process,
+    started,
     step_of,
     tied_items,
     trained,
@@ -61,11 +63,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What each of four processes found, in groups of one to four of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=max(SIZES))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
+    return started(process, folder, max(SIZES))
+
+
+@pytest.fixture(scope="module")
+def many(ranks, folder):
+    """What each of more processes found."""
+    return started(of_many, folder, MANY)
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +132,23 @@ def test_a_gradient_of_every_weight_is_that_of_one_process(ranks, cut, size):
         assert_close(gradients, expected, 1e-5)
 
 
+@pytest.fixture(scope="module")
+def few_alone():
+    """By clip_grad_norm."""
+    return {max_norm: few_items(max_norm) for max_norm in (None, CLIP)}
+
+
 @EACH
-def test_gradients_are_clipped_by_the_norm_of_all(ranks, cut, size):
+def test_gradients_are_clipped_by_the_norm_of_all(ranks, few_alone, cut, size):
     batch = learnable()[0].rows([5, 7, 2, 2, 90])
     expected, _ = step_of(None, None, batch, CLIP)
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
     assert norm == pytest.approx(CLIP, rel=1e-4)
-    once = few_items(CLIP)
-    assert not torch.allclose(
-        once["decode.p_layers.linear_1.weight"],
-        few_items()["decode.p_layers.linear_1.weight"],
-        rtol=1e-3,
-    )
+    name = "decode.p_layers.linear_1.weight"
+    assert not torch.allclose(few_alone[CLIP][name], few_alone[None][name], rtol=1e-3)
     for rank in range(size):
         assert_close(ranks[rank]["clipped", cut, size][0], expected, 1e-5)
-        assert_close(ranks[rank]["clipped fit", cut, size], once, 1e-5)
+        assert_close(ranks[rank]["clipped fit", cut, size], few_alone[CLIP], 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -170,15 +176,16 @@ def test_what_is_sent_is_what_the_formula_says(ranks, cut, size):
 
 
 @EACH
-def test_more_processes_than_items(ranks, cut, size):
+def test_more_processes_than_items(ranks, few_alone, cut, size):
     for rank in range(size):
-        assert_close(ranks[rank]["few", cut, size], few_items(), 1e-5)
+        assert_close(ranks[rank]["few", cut, size], few_alone[None], 1e-5)
 
 
 @EACH
 def test_ties_and_fewer_users_than_processes(ranks, cut, size):
+    expected = tied_items()
     for rank in range(size):
-        assert ranks[rank]["tied", cut, size] == tied_items()
+        assert ranks[rank]["tied", cut, size] == expected
 
 
 def test_a_model_of_another_kind_is_shared_by_users(ranks):
@@ -301,11 +308,11 @@ def test_the_run_folder_is_that_of_one_process_and_goes_on_in_one(
     assert_close(found["weights"], longer[kind]["weights"], 1e-5)
 
 
-@pytest.mark.parametrize(("form", "size"), list(itertools.product(GOES_ON, SIZES)))
-def test_another_number_of_processes_goes_on_as_without_a_break(ranks, longer, form, size):
+@pytest.mark.parametrize(("form", "size"), list(itertools.product(GOES_ON, (*SIZES, MANY))))
+def test_another_number_of_processes_goes_on_as_without_a_break(ranks, many, longer, form, size):
     expected = longer["vae"]
     for rank in range(size):
-        found = ranks[rank]["on", form, size]
+        found = (many if size == MANY else ranks)[rank]["on", form, size]
         assert_close(found["weights"], expected["weights"], 1e-5)
         assert [row["epoch"] for row in found["history"]] == list(range(1, 8))
         for row, other in zip(found["history"], expected["history"], strict=True):
