@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -167,6 +168,9 @@ def measure(cases: list[Case], clicks_file: str) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from fastvae import parallel_trainer  # noqa: F401  an import, before memory counts
+
+    # before there is a group, which it would keep for ever: its threads may abort a process that ends
+    importlib.import_module("torch.distributed.nn.functional")
 
     watches: list[Watch] = []
     if cases[0].processes > 1:
