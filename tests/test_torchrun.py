@@ -246,11 +246,11 @@ def test_a_killed_process_ends_the_run_within_a_minute(data, tmp_path):
 
 
 def test_a_restart_goes_on_from_the_last_checkpoint(data, tmp_path):
-    process, workers = started(data, tmp_path / "run", 40, restarts=1, more=["--resume"])
+    process, workers = started(data, tmp_path / "run", 20, restarts=1, more=["--resume"])
     os.kill(workers[0], signal.SIGKILL)
     words, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, words
-    alone("train", data, tmp_path / "one", "--epochs", 40, *OPTIONS)
+    alone("train", data, tmp_path / "one", "--epochs", 20, *OPTIONS)
     assert_same_metrics(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
