@@ -105,10 +105,9 @@ class Encoder(Drawing):
     def _first(self, x: Tensor | Clicks, active: bool) -> Tensor:
         layer, dropout = self.q_layers.layer(0), self.q_layers.dropout[0]
         plain = is_only(layer, nn.Linear)
-        # layer.weight is asked for once: a parametrization computes it each time
         if isinstance(x, Clicks) and not plain:
             x = x.to_dense().to(dtype_of(self))
-        # not layer.weight: that of a parametrization is computed by asking for it
+        # not layer.weight, which is asked for once below: a parametrization computes it each time
         elif isinstance(x, Tensor) and plain and not is_watched(tuple(layer.parameters())):
             clicks = clicks_in(x)
             x = x if clicks is None else clicks

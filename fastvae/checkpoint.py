@@ -37,9 +37,8 @@ _CODE = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 _OF_STATE_DICTS = ("torch", "collections", "numpy", "_codecs")
 _OPTIONS = ("tanh_after_dropout", "activation", "normalize_input")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-_SYSTEM = sys.stdlib_module_names | {
-    "__builtin__"
-}  # as Python 2 calls builtins, and protocol 2 writes it
+# builtins are __builtin__ in Python 2, and in protocol 2
+_SYSTEM = sys.stdlib_module_names | {"__builtin__"}
 _MODELS: dict[str, type[MultiVAE] | type[MultiDAE]] = {"MultiVAE": MultiVAE, "MultiDAE": MultiDAE}
 
 
@@ -172,9 +171,8 @@ def _read(path: Path) -> Any:
     if is_npz(path):
         parts: Any = read_npz(path)
     else:
-        with (
-            warnings.catch_warnings()
-        ):  # it warns of a pickle's protocol, and then refuses it or not
+        # it warns of a pickle's protocol, and then refuses it or not
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parts = torch.load(path, map_location="cpu", weights_only=True)
     _check_size(parts, path.stat().st_size)

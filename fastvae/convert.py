@@ -266,9 +266,8 @@ def _widths(layers: Sequence[Layer]) -> list[int]:
 
 # files
 
-_OF_ADAM = re.compile(
-    r"/Adam(_1)?(:0)?$|^beta[12]_power|^global_step"
-)  # a TensorFlow checkpoint holds them too
+# a TensorFlow checkpoint holds them too
+_OF_ADAM = re.compile(r"/Adam(_1)?(:0)?$|^beta[12]_power|^global_step")
 
 
 def is_npz(path: str | os.PathLike[str]) -> bool:
